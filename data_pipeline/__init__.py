@@ -1,0 +1,1 @@
+"""From text of any kind to a frozen tokenizer and packed records."""

@@ -1,0 +1,1 @@
+"""Evaluation programs, run against checkpoints: `python -m evals.<name> --checkpoint=...`."""

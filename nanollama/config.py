@@ -1,0 +1,310 @@
+"""What a run is: frozen dataclasses, and the only way from a config file to them.
+
+Owns every field's name, type, default and every check that needs no data and no devices. A config file is
+Python with `get_config(arg)` that returns an `ml_collections.ConfigDict`; see `configs/`. Imports only the
+standard library, so that models and train steps can be used where ml_collections is absent.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from nanollama.data.strict import FieldError, from_mapping, nearest, to_mapping
+
+ConfigError = FieldError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture: everything that decides the parameters' shapes and the function they compute."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    family: str = "llama"
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the same function is computed: changes speed and memory, never the checkpoint's format."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls; parameters stay float32
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes per layer
+    scan_unroll: int = 0  # layers per scan iteration; 0 = all (fastest on CPU and GPU, slower to compile)
+    attention: Literal["auto", "xla_chunked", "reference"] = "auto"
+    loss_chunk_tokens: int = 1024  # tokens whose logits exist at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSetConfig:
+    """One packed set of the mixture."""
+
+    path: str  # directory made by data_pipeline.pack
+    weight: float = 1.0  # share of rows, relative to the other sets
+    recipe: str = ""  # mixture YAML the set is made from; errors print the commands that make it
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which packed sets, in what proportion, at what context length."""
+
+    sets: tuple[PackedSetConfig, ...]
+    tokenizer: str  # directory made by data_pipeline.tokenizer
+    sequence_length: int
+    mask_documents: bool = True  # False lets attention and loss cross document boundaries
+    threads: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """Rows per optimizer step and how they are cut."""
+
+    global_rows: int
+    micro_batches: int = 1  # gradient accumulation; in elastic mode the fixed unit of computation
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982) with AdamW for vectors, embeddings and head."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only: norms are not decayed
+    clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
+    muon_momentum: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over steps: warm-up, then WSD's stable and decay parts, or cosine."""
+
+    name: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int = 0
+    decay_steps: int = 0  # WSD: steps at the end over which the rate falls
+    decay_shape: Literal["linear", "cosine", "one_minus_sqrt"] = "one_minus_sqrt"
+    final_fraction: float = 0.0  # of the peak rate, at the last step
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Cross-entropy plus z-loss (arXiv:2204.02311, section 5)."""
+
+    z_loss: float = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 on at most one axis takes all that are left."""
+
+    data: int = -1  # replicas
+    fsdp: int = 1  # batch and parameters sharded together
+    tensor: int = 1  # heads, ffn and vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every: int = 1000
+    keep: int = 3
+    milestone_every: int = 0  # steps whose checkpoints are never deleted; 0 = none
+    asynchronous: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation during training."""
+
+    every: int = 1000  # 0 turns it off
+    batches: int = 0  # of global_rows rows; 0 = the whole validation split
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb_project: str = ""  # empty = no Weights & Biases
+    sample_every: int = 0  # 0 = only at the end
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole training run."""
+
+    name: str
+    steps: int
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    seed: int = 0
+    determinism: Literal["same_mesh", "elastic"] = "same_mesh"
+    compute: ComputeConfig = ComputeConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """Resolve `path.py` or `path.py:arg`, with `field.path=value` overrides, into a checked Config.
+
+    Errors: ConfigError names the field, its value, the nearest valid name and the fix.
+    """
+    values = plain(load_file(spec))
+    for override in overrides:
+        _apply_override(values, override)
+    return resolve(values)
+
+
+def load_file(spec: str) -> Any:
+    """Whatever the config file's `get_config(arg)` returns; `arg` is what follows the colon in `spec`."""
+    path_text, _, argument = spec.partition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise ConfigError("--config", f"no file {path_text!r}", nearest(path_text, siblings or ["configs/phase1.py"]))
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError("--config", f"{path_text!r} has no get_config(arg)", "Define get_config(arg) there.")
+    return module.get_config(argument)
+
+
+def plain(value: Any) -> Any:
+    """ConfigDicts, dicts and sequences as plain dicts and lists."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def resolve(values: Any) -> Config:
+    """Build and check the Config of a ConfigDict or mapping; raises ConfigError before any work is done."""
+    config = from_mapping(Config, plain(values))
+    check(config)
+    return config
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """JSON-able form; `resolve(as_dict(c)) == c`."""
+    return to_mapping(config)
+
+
+def parse_arg(argument: str, **defaults: Any) -> dict[str, Any]:
+    """`"runlocal,steps=20"` -> {"runlocal": True, "steps": 20}, with `defaults` for what is not named.
+
+    For `get_config(arg)` of config files. Errors: ConfigError on a name not in `defaults` or another type.
+    """
+    values = dict(defaults)
+    for part in filter(None, argument.split(",")):
+        name, given, text = part.partition("=")
+        if name not in values:
+            raise ConfigError("--config", f"unknown argument {name!r}", nearest(name, list(defaults)))
+        value = _literal(text) if given else True
+        if type(value) is not type(defaults[name]):
+            raise ConfigError("--config", f"argument {name}={value!r} is of type {type(value).__name__}",
+                              f"Give a value of type {type(defaults[name]).__name__}.")
+        values[name] = value
+    return values
+
+
+def check(config: Config) -> None:
+    """Refuse impossible combinations. What needs devices is checked by `parallel.mesh`, data by the loader."""
+    model, batch, data = config.model, config.batch, config.data
+    positive = {
+        "config.steps": config.steps, "config.batch.global_rows": batch.global_rows,
+        "config.batch.micro_batches": batch.micro_batches, "config.data.sequence_length": data.sequence_length,
+        "config.data.threads": data.threads, "config.optimizer.learning_rate": config.optimizer.learning_rate,
+        "config.checkpoint.every": config.checkpoint.every, "config.checkpoint.keep": config.checkpoint.keep,
+        "config.logging.every": config.logging.every,
+        "config.compute.loss_chunk_tokens": config.compute.loss_chunk_tokens,
+        **{f"config.model.{name}": getattr(model, name) for name in
+           ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")},
+        **{f"config.data.sets[{i}].weight": s.weight for i, s in enumerate(data.sets)},
+    }
+    for field, value in positive.items():
+        if value <= 0:
+            raise ConfigError(field, f"{value} is not positive", "Give a number above 0.")
+    if not data.sets:
+        raise ConfigError("config.data.sets", "is empty", "Name at least one packed set.")
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError("config.model.num_kv_heads", f"{model.num_kv_heads} does not divide num_heads={model.num_heads}",
+                          f"Use a divisor of {model.num_heads}.")
+    if model.head_dim % 2:
+        raise ConfigError("config.model.head_dim", f"{model.head_dim} is odd", "RoPE rotates pairs: use an even number.")
+    if batch.global_rows % batch.micro_batches:
+        raise ConfigError("config.batch.micro_batches", f"{batch.micro_batches} does not divide global_rows="
+                          f"{batch.global_rows}", "Use a divisor.")
+    _check_schedule(config)
+    _check_mesh(config)
+
+
+def _check_schedule(config: Config) -> None:
+    schedule = config.schedule
+    decay = schedule.decay_steps if schedule.name == "wsd" else 0
+    if min(schedule.warmup_steps, schedule.decay_steps) < 0:
+        raise ConfigError("config.schedule", "negative steps", "Use 0 or more.")
+    if schedule.warmup_steps + decay > config.steps:
+        raise ConfigError("config.schedule", f"warmup_steps={schedule.warmup_steps} + decay_steps={decay} is more than "
+                          f"steps={config.steps}", "Shorten them or train for more steps.")
+    if not 0 <= schedule.final_fraction <= 1:
+        raise ConfigError("config.schedule.final_fraction", f"{schedule.final_fraction} is not in [0, 1]", "Use a fraction.")
+
+
+def _check_mesh(config: Config) -> None:
+    mesh = config.mesh
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ConfigError("config.mesh", f"{mesh}", "Use positive sizes, and -1 on at most one axis.")
+    if config.determinism == "elastic" and (mesh.fsdp != 1 or mesh.tensor != 1):
+        raise ConfigError("config.mesh", f"fsdp={mesh.fsdp}, tensor={mesh.tensor} with determinism='elastic'",
+                          "Elastic mode computes whole micro-batches on one device each: set both to 1.")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--config.{path}", "has no value", "Write --config.field=value.")
+    *parents, last = path.split(".")
+    node = values
+    for depth, name in enumerate(parents):
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError("config." + ".".join(parents[: depth + 1]), "has no fields of its own", "Shorten the path.")
+        node = child
+    node[last] = _literal(text)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

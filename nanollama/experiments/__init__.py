@@ -1,0 +1,1 @@
+"""Run folders, lineage and reports."""

@@ -1,0 +1,1 @@
+"""Model declarations and their accounting."""

@@ -1,0 +1,1 @@
+"""Pure functions without parameters or meshes; each fast one has a slow twin."""
