@@ -184,14 +184,18 @@ def load_file(spec: str) -> Any:
     path = Path(path_text)
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ConfigError("--config", f"no file {path_text!r}", nearest(path_text, siblings or ["configs/phase1.py"]))
+        raise ConfigError(
+            "--config", f"no file {path_text!r}", nearest(path_text, siblings or ["configs/phase1.py"])
+        )
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ConfigError("--config", f"{path_text!r} has no get_config(arg)", "Define get_config(arg) there.")
+        raise ConfigError(
+            "--config", f"{path_text!r} has no get_config(arg)", "Define get_config(arg) there."
+        )
     return module.get_config(argument)
 
 
@@ -230,8 +234,11 @@ def parse_arg(argument: str, **defaults: Any) -> dict[str, Any]:
             raise ConfigError("--config", f"unknown argument {name!r}", nearest(name, list(defaults)))
         value = _literal(text) if given else True
         if type(value) is not type(defaults[name]):
-            raise ConfigError("--config", f"argument {name}={value!r} is of type {type(value).__name__}",
-                              f"Give a value of type {type(defaults[name]).__name__}.")
+            raise ConfigError(
+                "--config",
+                f"argument {name}={value!r} is of type {type(value).__name__}",
+                f"Give a value of type {type(defaults[name]).__name__}.",
+            )
         values[name] = value
     return values
 
@@ -240,14 +247,28 @@ def check(config: Config) -> None:
     """Refuse impossible combinations. What needs devices is checked by `parallel.mesh`, data by the loader."""
     model, batch, data = config.model, config.batch, config.data
     positive = {
-        "config.steps": config.steps, "config.batch.global_rows": batch.global_rows,
-        "config.batch.micro_batches": batch.micro_batches, "config.data.sequence_length": data.sequence_length,
-        "config.data.threads": data.threads, "config.optimizer.learning_rate": config.optimizer.learning_rate,
-        "config.checkpoint.every": config.checkpoint.every, "config.checkpoint.keep": config.checkpoint.keep,
+        "config.steps": config.steps,
+        "config.batch.global_rows": batch.global_rows,
+        "config.batch.micro_batches": batch.micro_batches,
+        "config.data.sequence_length": data.sequence_length,
+        "config.data.threads": data.threads,
+        "config.optimizer.learning_rate": config.optimizer.learning_rate,
+        "config.checkpoint.every": config.checkpoint.every,
+        "config.checkpoint.keep": config.checkpoint.keep,
         "config.logging.every": config.logging.every,
         "config.compute.loss_chunk_tokens": config.compute.loss_chunk_tokens,
-        **{f"config.model.{name}": getattr(model, name) for name in
-           ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")},
+        **{
+            f"config.model.{name}": getattr(model, name)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_layers",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+            )
+        },
         **{f"config.data.sets[{i}].weight": s.weight for i, s in enumerate(data.sets)},
     }
     for field, value in positive.items():
@@ -256,13 +277,21 @@ def check(config: Config) -> None:
     if not data.sets:
         raise ConfigError("config.data.sets", "is empty", "Name at least one packed set.")
     if model.num_heads % model.num_kv_heads:
-        raise ConfigError("config.model.num_kv_heads", f"{model.num_kv_heads} does not divide num_heads={model.num_heads}",
-                          f"Use a divisor of {model.num_heads}.")
+        raise ConfigError(
+            "config.model.num_kv_heads",
+            f"{model.num_kv_heads} does not divide num_heads={model.num_heads}",
+            f"Use a divisor of {model.num_heads}.",
+        )
     if model.head_dim % 2:
-        raise ConfigError("config.model.head_dim", f"{model.head_dim} is odd", "RoPE rotates pairs: use an even number.")
+        raise ConfigError(
+            "config.model.head_dim", f"{model.head_dim} is odd", "RoPE rotates pairs: use an even number."
+        )
     if batch.global_rows % batch.micro_batches:
-        raise ConfigError("config.batch.micro_batches", f"{batch.micro_batches} does not divide global_rows="
-                          f"{batch.global_rows}", "Use a divisor.")
+        raise ConfigError(
+            "config.batch.micro_batches",
+            f"{batch.micro_batches} does not divide global_rows={batch.global_rows}",
+            "Use a divisor.",
+        )
     _check_schedule(config)
     _check_mesh(config)
 
@@ -273,10 +302,15 @@ def _check_schedule(config: Config) -> None:
     if min(schedule.warmup_steps, schedule.decay_steps) < 0:
         raise ConfigError("config.schedule", "negative steps", "Use 0 or more.")
     if schedule.warmup_steps + decay > config.steps:
-        raise ConfigError("config.schedule", f"warmup_steps={schedule.warmup_steps} + decay_steps={decay} is more than "
-                          f"steps={config.steps}", "Shorten them or train for more steps.")
+        raise ConfigError(
+            "config.schedule",
+            f"warmup_steps={schedule.warmup_steps} + decay_steps={decay} is more than steps={config.steps}",
+            "Shorten them or train for more steps.",
+        )
     if not 0 <= schedule.final_fraction <= 1:
-        raise ConfigError("config.schedule.final_fraction", f"{schedule.final_fraction} is not in [0, 1]", "Use a fraction.")
+        raise ConfigError(
+            "config.schedule.final_fraction", f"{schedule.final_fraction} is not in [0, 1]", "Use a fraction."
+        )
 
 
 def _check_mesh(config: Config) -> None:
@@ -285,8 +319,11 @@ def _check_mesh(config: Config) -> None:
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise ConfigError("config.mesh", f"{mesh}", "Use positive sizes, and -1 on at most one axis.")
     if config.determinism == "elastic" and (mesh.fsdp != 1 or mesh.tensor != 1):
-        raise ConfigError("config.mesh", f"fsdp={mesh.fsdp}, tensor={mesh.tensor} with determinism='elastic'",
-                          "Elastic mode computes whole micro-batches on one device each: set both to 1.")
+        raise ConfigError(
+            "config.mesh",
+            f"fsdp={mesh.fsdp}, tensor={mesh.tensor} with determinism='elastic'",
+            "Elastic mode computes whole micro-batches on one device each: set both to 1.",
+        )
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -298,7 +335,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for depth, name in enumerate(parents):
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise ConfigError("config." + ".".join(parents[: depth + 1]), "has no fields of its own", "Shorten the path.")
+            raise ConfigError(
+                "config." + ".".join(parents[: depth + 1]), "has no fields of its own", "Shorten the path."
+            )
         node = child
     node[last] = _literal(text)
 

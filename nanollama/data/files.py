@@ -59,8 +59,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}). Delete the file and run the command "
-                        "that makes it again.") from error
+        raise DataError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}). Delete the file and run the command "
+            "that makes it again."
+        ) from error
 
 
 class Lock:
@@ -82,13 +84,16 @@ class Lock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise DataError(f"{self.path.parent}: in use by {holder}. Wait for it to end, stop it, or choose "
-                            "another directory.") from error
+            raise DataError(
+                f"{self.path.parent}: in use by {holder}. Wait for it to end, stop it, or choose "
+                "another directory."
+            ) from error
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()

@@ -37,8 +37,11 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "config"
     An int is accepted where a float is declared; nothing else is converted, except list to tuple.
     """
     if not isinstance(mapping, Mapping):
-        raise FieldError(where, f"expected a mapping of fields, got {mapping!r}", f"Fields of {cls.__name__}: "
-                         + ", ".join(field.name for field in dataclasses.fields(cls)) + ".")  # type: ignore[arg-type]
+        raise FieldError(
+            where,
+            f"expected a mapping of fields, got {mapping!r}",
+            f"Fields of {cls.__name__}: " + ", ".join(field.name for field in dataclasses.fields(cls)) + ".",
+        )  # type: ignore[arg-type]
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values = {}
@@ -49,7 +52,9 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "config"
     for name, field in fields.items():
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if name not in values and no_default:
-            raise FieldError(f"{where}.{name}", "is missing", f"Give it a value of type {_type_name(hints[name])}.")
+            raise FieldError(
+                f"{where}.{name}", "is missing", f"Give it a value of type {_type_name(hints[name])}."
+            )
     return cls(**values)
 
 
@@ -84,7 +89,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise FieldError(where, f"{value!r} is of type {type(value).__name__}", f"Give it a value of type {_type_name(hint)}.")
+        raise FieldError(
+            where,
+            f"{value!r} is of type {type(value).__name__}",
+            f"Give it a value of type {_type_name(hint)}.",
+        )
     return value
 
 

@@ -1,0 +1,111 @@
+"""The device mesh, and the one table from logical axis names to mesh axes.
+
+A model names the axes of its parameters and activations ("heads", "ffn", ...); only this file knows where
+they live. Changing the layout of a run is one line of its config (`config.mesh`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nanollama.config import ConfigError, MeshConfig
+from nanollama.data.strict import nearest
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes its dimension is cut over. None = whole on every device.
+RULES: dict[str, tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "embed": ("fsdp",),
+    "activation_embed": None,
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": None,
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": None,
+    "norm": None,
+}
+
+# Dimensions that are replicated, not refused, where the mesh does not divide them: with more tensor shards
+# than KV heads, each shard keeps all KV heads.
+_REPLICATE_IF_INDIVISIBLE = {"kv_heads"}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with axes data, fsdp, tensor over `devices` (default: all).
+
+    Errors: ConfigError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        if len(devices) % known:
+            raise ConfigError(
+                "config.mesh",
+                f"{known} devices for the given axes do not divide the {len(devices)} there are",
+                "Choose sizes whose product divides the number of devices.",
+            )
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) > len(devices):
+        raise ConfigError(
+            "config.mesh",
+            f"data x fsdp x tensor = {' x '.join(map(str, sizes))} needs {math.prod(sizes)} devices, "
+            f"{len(devices)} are there",
+            "Lower a size, or set one to -1 to take what is there.",
+        )
+    chosen = np.asarray(devices[: math.prod(sizes)]).reshape(sizes)
+    return Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Where an array with these logical axes and shape lives.
+
+    Errors: KeyError on an axis that RULES lacks; ConfigError when a dimension does not divide over its mesh
+    axes; ValueError when two dimensions would land on the same mesh axis.
+    """
+    entries: list[tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in RULES:
+            raise KeyError(f"logical axis {axis!r} is not in RULES. {nearest(axis, list(RULES))}")
+        names = RULES[axis] if axis is not None else None
+        shards = math.prod(mesh.shape[name] for name in names) if names else 1
+        if size % shards:
+            if axis not in _REPLICATE_IF_INDIVISIBLE:
+                raise ConfigError(
+                    "config.mesh",
+                    f"{'x'.join(names or ())}={shards} does not divide the {axis} dimension of {size}",
+                    f"Use mesh sizes whose product divides {size}.",
+                )
+            names = None
+        entries.append(names if shards > 1 else None)
+    used = [name for names in entries if names for name in names]
+    if len(used) != len(set(used)):
+        raise ValueError(f"axes {tuple(axes)} put two dimensions on one mesh axis: {entries}")
+    return PartitionSpec(*entries)
+
+
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """`partition_spec` as a NamedSharding on `mesh`."""
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp, positions whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation's layout to RULES on the mesh set by `jax.set_mesh`; without a mesh, x itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        for axis in axes:
+            if axis is not None and axis not in RULES:
+                raise KeyError(f"logical axis {axis!r} is not in RULES. {nearest(axis, list(RULES))}")
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))  # type: ignore[arg-type]
