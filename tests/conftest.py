@@ -1,4 +1,4 @@
-"""One JAX for all tests: eight virtual CPU devices, the thread pool of elastic runs, one compilation cache."""
+"""One JAX for all tests: eight virtual CPU devices, elastic runs' thread pool, one compilation cache."""
 
 import os
 from pathlib import Path

@@ -24,8 +24,8 @@ REFUSED_JAXLIB = {
 }
 INSTALL_FIX = "pip install --upgrade 'jax>=0.10.1,!=0.10.2,!=0.11.0'"
 
-# Speed flags, with the jaxlib versions [first, end) known to accept them: XLA aborts the process on a flag it does
-# not know, so a version nobody has tried gets none. oneDNN matmuls: up to +6 % fp32, +20 % bf16 tokens/s on CPU.
+# Speed flags, with the jaxlib versions [first, end) known to accept them: XLA aborts the process on a flag it
+# does not know, so an untried version gets none. oneDNN matmuls: up to +6 % fp32, +20 % bf16 tokens/s on CPU.
 CPU_FLAGS = {"--xla_cpu_experimental_onednn_custom_call=true": ((0, 10, 1), (0, 13))}
 
 
@@ -37,8 +37,8 @@ def start(*, elastic: bool = False, devices: int | None = None) -> None:
     """Prepare the JAX backend and check that it computes correctly; call before any use of `jax.devices()`.
 
     `elastic` pins the CPU thread pool, which the elastic determinism mode needs. `devices` asks for that many
-    virtual CPU devices. Calling again with the same needs does nothing. A user's own XLA_FLAGS, NPROC (outside
-    elastic mode) and JAX_COMPILATION_CACHE_DIR are respected.
+    virtual CPU devices. Calling again with the same needs does nothing. A user's own XLA_FLAGS,
+    JAX_COMPILATION_CACHE_DIR and (outside elastic mode) NPROC are respected.
 
     Errors: BackendError on a jaxlib known to be wrong or found to be wrong, or when the backend already runs
     with other settings than are asked for.
@@ -112,8 +112,8 @@ def _running() -> bool:
 
 def _check_running(elastic: bool, devices: int | None) -> None:
     if elastic and pool_threads() != ELASTIC_THREADS:
-        raise BackendError(f"elastic determinism needs a pool of {ELASTIC_THREADS} threads, but JAX already runs "
-                           f"with {pool_threads()}. Call backend.start(elastic=True) before any use of "
+        raise BackendError(f"elastic determinism needs a pool of {ELASTIC_THREADS} threads, but JAX already "
+                           f"runs with {pool_threads()}. Call backend.start(elastic=True) before any use of "
                            f"jax.devices(), or set NPROC={ELASTIC_THREADS} in the environment.")
     if devices is not None and jax.device_count() != devices:
         raise BackendError(f"{devices} devices asked for, but JAX already runs with {jax.device_count()}. "
