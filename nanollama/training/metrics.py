@@ -1,7 +1,7 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, Weights & Biases, and lines for a person.
 
-Owns the metrics file (a step is never in it twice, whatever was killed), speed, time left, memory and the peak
-rates MFU is measured against. Knows nothing of models, data or the loop: it is given host numbers and writes them.
+Owns the metrics file (a step is never in it twice, whatever was killed), speed, time left, memory and the
+peak rates MFU is measured against. Knows nothing of data or the loop: it is given host numbers.
 `tensorboardX` and `wandb` are imported only where the config asks for them.
 """
 
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 import jax
@@ -21,14 +22,13 @@ import jax.numpy as jnp
 
 from nanollama.config import LoggingConfig
 from nanollama.data.files import write_atomic
+from nanollama.models.accounting import MFU_CONVENTION
 from nanollama.training.metric_sinks import TensorBoard, Wandb
 
 FILE_NAME = "metrics.jsonl"
-CONVENTION = ("MFU counts 6 FLOPs per parameter (embedding lookup left out, head counted) and token plus causal "
-              "attention; recomputation is not counted.")
 
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets (sparsity left out). The first name contained
-# in the lower-cased `device_kind` wins, so longer names come first.
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets (sparsity left out). The first name that
+# the lower-cased `device_kind` contains wins, so longer names come first.
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("b200", 2250e12), ("h200", 989e12), ("gh200", 989e12), ("h100 pcie", 756e12), ("h100 nvl", 835e12),
     ("h100", 989e12), ("a100", 312e12), ("l40s", 362e12),
@@ -39,9 +39,9 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 class MetricsLog:
     """Writes what it is given to every place the config names; used by the process that logs, so by host 0.
 
-    Lines of steps after `resume_step` belong to a run that was killed past its last checkpoint: they are dropped
-    before the first write, and their events are kept in the one event that says where the run goes on. With
-    `resume_step=0` nothing was saved, so no line is kept.
+    Lines of steps after `resume_step` belong to a run that was killed past its last checkpoint: they are
+    dropped before the first write, and their events are kept in the one event that says where the run goes
+    on. With `resume_step=0` nothing was saved, so no line is kept.
     Errors: MetricsError names the missing package and its extra.
     """
 
@@ -62,10 +62,12 @@ class MetricsLog:
         if convention:
             self._say(convention)
         if resume_step > 0 or dropped:
-            lost = [f"step {line['step']}: {line.get('text', '')}" for line in dropped if line["kind"] == "event"]
+            events = [line for line in dropped if line["kind"] == "event"]
             last = max((line["step"] for line in dropped), default=0)
-            again = f"; {len(dropped)} lines of the interrupted run, up to step {last}, are computed again" if last else ""
-            self.event(resume_step, f"resumed at step {resume_step}{again}", event="resumed", earlier_events=lost)
+            again = f"; {len(dropped)} lines of the interrupted run, up to step {last}, are computed again"
+            self.event(resume_step, f"resumed at step {resume_step}{again if dropped else ''}",
+                       event="resumed",
+                       earlier_events=[f"step {line['step']}: {line.get('text', '')}" for line in events])
 
     def due(self, step: int) -> bool:
         """Whether step `step` (1 = the first) is one to log."""
@@ -93,12 +95,19 @@ class MetricsLog:
         for sink in self._sinks:
             sink.close()
 
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
     def _write(self, step: int, kind: str, figures: Mapping[str, Any]) -> bool:
-        """False when the line is there already: evaluating again after a resume at `step` gives the same figures."""
+        """False when the line is there already: evaluating again after a resume gives the same figures."""
         if kind != "event" and (kind, step) in self._written:
             return False
         self._written.add((kind, step))
-        self._file.write(json.dumps(_encode({"step": step, "kind": kind, **figures}), ensure_ascii=False) + "\n")
+        self._file.write(_dump({"step": step, "kind": kind, **figures}))
         self._file.flush()
         if kind != "event":
             numbers = dict(_flatten(figures, kind))
@@ -111,7 +120,7 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file, oldest first; an absent file has none, and a line cut off by a kill is left out."""
+    """Lines of a metrics file, oldest first; none if there is no file. A line a kill cut off is left out."""
     lines = []
     if Path(path).is_file():
         for raw in Path(path).read_bytes().splitlines():
@@ -119,7 +128,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 line = json.loads(raw)
             except ValueError:
                 continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("kind"), str):
+            if isinstance(line, dict) and {"step", "kind"} <= line.keys():
                 lines.append(_decode(line))
     return lines
 
@@ -145,7 +154,8 @@ def validation_line(step: int, figures: Mapping[str, Any]) -> str:
     sources = {name: value["bits_per_byte"] for name, value in (figures.get("sources") or {}).items()
                if isinstance(value, Mapping) and value.get("bits_per_byte") is not None}
     per_source = ", ".join(f"{name} {value:.4f}" for name, value in sources.items())
-    return f"validation at step {step}  {text}" + (f"  (bits/byte by source: {per_source})" if len(sources) > 1 else "")
+    behind = f"  (bits/byte by source: {per_source})" if len(sources) > 1 else ""
+    return f"validation at step {step}  {text}{behind}"
 
 
 def duration(seconds: float) -> str:
@@ -165,14 +175,15 @@ def duration(seconds: float) -> str:
 class Throughput:
     """Tokens per second over a sliding window of steps, MFU and time left.
 
-    The first step holds compilation and starts the clock; time inside `pause()` (evaluation, sampling) does not
-    count as training time, but does count for the time left. FLOP/s are those of all devices together.
+    The first step holds compilation and starts the clock; time inside `pause()` (evaluation, sampling) does
+    not count as training time, but does count for the time left. FLOP/s are those of all devices together.
     """
 
-    def __init__(self, *, steps: int, flops_per_token: float = 0.0, peak: float | None = None, window: int = 20,
-                 clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, *, steps: int, flops_per_token: float = 0.0, peak: float | None = None,
+                 window: int = 20, clock: Callable[[], float] = time.perf_counter):
         self._steps, self._flops, self._peak, self._clock = steps, flops_per_token, peak, clock
-        self._marks: deque[tuple[float, int]] = deque(maxlen=window + 1)  # training seconds and tokens, after a step
+        # training seconds and tokens at the end of each of the last steps
+        self._marks: deque[tuple[float, int]] = deque(maxlen=window + 1)
         self._paused, self._tokens = 0.0, 0
         self._first: tuple[int, float] | None = None
 
@@ -212,26 +223,27 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def total_peak(devices: Sequence[jax.Device], dtype: str = "float32") -> tuple[float | None, str]:
-    """FLOP/s of all devices together and the sentence that says what MFU means in this run (None: MFU unknown).
+    """FLOP/s of all devices together (None: unknown) and the sentence that says what MFU means in this run.
 
-    A CPU has no data-sheet peak that says anything, so its largest matmul rate is measured (under 0.5 s), once per
-    host: virtual devices share the host's cores.
+    A CPU has no data-sheet peak that says anything, so its largest matmul rate is measured (under 0.5 s),
+    once per host: virtual devices share the host's cores.
     """
     kind, count = devices[0].device_kind, len(devices)
     if devices[0].platform == "cpu":
         hosts = len({device.process_index for device in devices})
         peak = measured_matmul_flops(dtype) * hosts
-        return peak, (f"{CONVENTION} 100 % = {peak / 1e9:,.0f} GFLOP/s, the {dtype} matmul rate measured on this CPU "
-                      "at start.")
+        return peak, (f"{MFU_CONVENTION}. Peak here: {peak / 1e9:,.0f} GFLOP/s, the {dtype} matmul rate "
+                      "measured on this CPU at start.")
     single = peak_flops(devices[0])
     if single is None:
-        return None, f"MFU is not measured: no peak rate is known for {kind!r} (add it to PEAK_FLOPS in {__name__})."
-    return single * count, (f"{CONVENTION} 100 % = {single / 1e12:,.0f} TFLOP/s dense bfloat16 per {kind}, {count} "
-                            "in use.")
+        return None, (f"MFU is not measured: no peak rate known for {kind!r} (add it to PEAK_FLOPS in "
+                      f"{__name__}).")
+    return single * count, (f"{MFU_CONVENTION}. Peak here: {single / 1e12:,.0f} TFLOP/s dense bfloat16 for "
+                            f"each {kind}, {count} in use.")
 
 
 def measured_matmul_flops(dtype: str = "float32", size: int = 1024, seconds: float = 0.2) -> float:
-    """Best FLOP/s of repeated [size, size] matmuls on the first local device, in about `seconds` after compilation."""
+    """Best FLOP/s of repeated [size, size] matmuls on the default device; takes `seconds` once compiled."""
     multiply = jax.jit(lambda left, right: left @ right)
     ones = jax.jit(lambda: jnp.ones((size, size), dtype))()
     multiply(ones, ones).block_until_ready()
@@ -244,7 +256,7 @@ def measured_matmul_flops(dtype: str = "float32", size: int = 1024, seconds: flo
 
 
 def memory_bytes() -> int:
-    """Peak bytes in use: of the fullest local device where the backend tells, else of this process (resident)."""
+    """Peak bytes in use: of the fullest local device if the backend tells, else of this process (resident)."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     if any(peaks):
         return int(max(peaks))
@@ -257,13 +269,16 @@ def _truncate(path: Path, resume_step: int) -> list[dict[str, Any]]:
     lines = read_metrics(path)
     last = resume_step if resume_step > 0 else -1
     if path.is_file():
-        kept = [json.dumps(_encode(line), ensure_ascii=False) + "\n" for line in lines if line["step"] <= last]
-        write_atomic(path, "".join(kept))
+        write_atomic(path, "".join(_dump(line) for line in lines if line["step"] <= last))
     return [line for line in lines if line["step"] > last]
 
 
+def _dump(line: Mapping[str, Any]) -> str:
+    return json.dumps(_encode(line), ensure_ascii=False) + "\n"
+
+
 def _encode(value: Any) -> Any:
-    """JSON has no NaN: not-finite numbers become the strings "nan", "inf", "-inf"; NumPy scalars become Python's."""
+    """JSON has no NaN: numbers that are not finite become "nan", "inf", "-inf"; NumPy's become Python's."""
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
