@@ -1,0 +1,68 @@
+"""Held-out loss: every row of a validation split once, per token, per byte and per source.
+
+Owns the figures' conventions. Knows nothing of the loop or of checkpoints; `evals.perplexity` uses it too.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nanollama.models.decoder import Decoder, Params, head
+from nanollama.ops.losses import token_log_probs
+from nanollama.parallel.mesh import batch_sharding
+
+CONVENTION = (
+    "nll in nats per predicted token; a document is bos + tokens + eos, bos is not predicted, eos is; "
+    "perplexity = exp(nll); bits per byte = nll of all tokens / ln 2 / UTF-8 bytes of the text"
+)
+
+
+def make_token_nll(decoder: Decoder, mesh: Mesh) -> Callable[[Params, Mapping[str, jax.Array]], jax.Array]:
+    """Compiled (params, batch) -> weight * -log p(target), [B, T] float32, whole on every device."""
+
+    def token_nll(params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
+        hidden_BTD, _ = decoder.apply(
+            {"params": params}, batch["tokens"], batch["positions"], batch["first_key"]
+        )
+        chunk = decoder.compute.loss_chunk_tokens
+        logp_BT = token_log_probs(hidden_BTD, head(params), batch["targets"], chunk_tokens=chunk)
+        return -batch["weights"] * logp_BT
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(token_nll, in_shardings=(None, batch_sharding(mesh)), out_shardings=whole)
+
+
+def sum_by_source(
+    values_BT: np.ndarray, weights_BT: np.ndarray, source_ids_BT: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of `values` and of `weights` per source, float64 [count] each."""
+    ids = source_ids_BT.ravel()
+    return (
+        np.bincount(ids, values_BT.ravel().astype(np.float64), count),
+        np.bincount(ids, weights_BT.ravel().astype(np.float64), count),
+    )
+
+
+def figures(nll: float, tokens: float, utf8_bytes: float) -> dict[str, float]:
+    """Per token and per byte figures of an nll sum (nats) over `tokens` predictions and `utf8_bytes` of text."""
+    mean = float(nll) / float(tokens)
+    return {
+        "nll": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "bits_per_byte": float(nll) / math.log(2) / float(utf8_bytes) if utf8_bytes else math.nan,
+        "tokens": int(tokens),
+        "bytes": int(utf8_bytes),
+    }
+
+
+def figures_by_source(
+    nll_S: np.ndarray, tokens_S: np.ndarray, bytes_S: np.ndarray, names: Iterable[str]
+) -> dict[str, Any]:
+    """`figures` of everything, and under "sources" of each source that has predictions."""
+    sums = zip(names, nll_S, tokens_S, bytes_S, strict=True)
+    parts = {name: figures(nll, tokens, size) for name, nll, tokens, size in sums if tokens}
+    return {**figures(nll_S.sum(), tokens_S.sum(), bytes_S.sum()), "sources": parts}
