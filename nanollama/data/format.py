@@ -32,11 +32,11 @@ class Record:
     starts: np.ndarray  # [n] uint32, index of each segment's first token; starts[0] == 0, increasing
     documents: np.ndarray  # [n] uint32, row in docs.parquet
     sources: np.ndarray  # [n] uint16, index in the manifest's sources
-    loss: np.ndarray | None = None  # [length] bool, True where the token is to be learned as a label; None = all
+    loss: np.ndarray | None = None  # [length] bool, True: learn this token as a label; None: all
 
 
 def encode_record(record: Record) -> bytes:
-    """Bytes of `record`. Errors: DataError when its parts disagree, so that nothing undecodable is written."""
+    """Bytes of `record`. Errors: DataError when its parts disagree: nothing undecodable is written."""
     length, count = len(record.tokens), len(record.starts)
     wide = bool(length) and int(np.max(record.tokens)) >= 1 << 16
     starts = _column(record.starts, "<u4", "segment start")
@@ -55,23 +55,23 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """The Record in `data`, as read-only views of it. Errors: DataError names what is wrong with the bytes."""
+    """The Record in `data`, as read-only views of it. Errors: DataError names what is wrong."""
     if len(data) < _HEADER.size:
-        raise DataError(f"packed record: truncated, {len(data)} bytes and the header alone has {_HEADER.size}. {_MEND}")
+        raise DataError(f"packed record: truncated, {len(data)} bytes where the header has {_HEADER.size}. {_MEND}")
     magic, version, flags, count, length = _HEADER.unpack_from(data)
     if magic != MAGIC:
-        raise DataError(f"packed record: magic {magic!r} is not {MAGIC!r}: not a packed record, or damaged. {_MEND}")
+        raise DataError(f"packed record: magic {magic!r} is not {MAGIC!r}: damaged, or no packed record. {_MEND}")
     if version != VERSION:
         raise DataError(f"packed record: version {version}, this code reads version {VERSION}. {_MEND}")
     if flags & ~(FLAG_LOSS | FLAG_WIDE):
-        raise DataError(f"packed record: unknown flags {flags:#04x}: written by newer code, or damaged. {_MEND}")
+        raise DataError(f"packed record: unknown flags {flags:#04x}: damaged, or written by newer code. {_MEND}")
     token_bytes = 4 if flags & FLAG_WIDE else 2
     loss_bytes = (length + 7) // 8 if flags & FLAG_LOSS else 0
     expected = _HEADER.size + 10 * count + token_bytes * length + loss_bytes
     if len(data) != expected:
         problem = "truncated" if len(data) < expected else "too long"
-        raise DataError(f"packed record: {problem}, {len(data)} bytes where {count} segments and {length} tokens "
-                        f"need {expected}. {_MEND}")
+        raise DataError(f"packed record: {problem}, {len(data)} bytes where {count} segments and {length} "
+                        f"tokens need {expected}. {_MEND}")
     starts = np.frombuffer(data, "<u4", count, _HEADER.size)
     _check_segments(starts, length, count, count)
     at = _HEADER.size + 10 * count
@@ -98,9 +98,9 @@ def derive_row(records: Sequence[Record], *, sequence_length: int, record_length
     Errors: DataError when the records do not fit.
     """
     if sequence_length % record_length or len(records) * record_length > sequence_length:
-        raise DataError(f"{len(records)} records of {record_length} tokens do not make a row of {sequence_length}.")
-    row_T = {name: np.zeros(sequence_length, np.int32) for name in ("tokens", "targets", "positions", "segment_ids",
-                                                                    "source_ids")}
+        raise DataError(f"{len(records)} records of {record_length} tokens make no row of {sequence_length}.")
+    zeros = ("tokens", "targets", "positions", "segment_ids", "source_ids")
+    row_T = {name: np.zeros(sequence_length, np.int32) for name in zeros}
     row_T["first_key"] = np.arange(sequence_length, dtype=np.int32)
     row_T["weights"] = np.zeros(sequence_length, np.float32)
     row = _join(records, record_length)
@@ -136,8 +136,8 @@ def _join(records: Sequence[Record], record_length: int) -> Record:
         return Record(empty, empty, empty, empty)
     for record in records:
         if len(record.tokens) > record_length:
-            raise DataError(f"packed record: {len(record.tokens)} tokens, the set's record_length is {record_length}. "
-                            f"{_MEND}")
+            raise DataError(f"packed record: {len(record.tokens)} tokens, the set's record_length is "
+                            f"{record_length}. {_MEND}")
     if len(records) == 1:
         joined = records[0]
     else:
@@ -170,8 +170,9 @@ def _column(values: np.ndarray, dtype: str, what: str) -> bytes:
 def _check_segments(starts: np.ndarray, length: int, documents: int, sources: int) -> None:
     count = len(starts)
     if documents != count or sources != count:
-        raise DataError(f"packed record: {count} segment starts, {documents} documents, {sources} sources. {_MEND}")
+        raise DataError(f"packed record: {count} segments, {documents} documents, {sources} sources. {_MEND}")
     if not length or not count:
         raise DataError(f"packed record: {length} tokens in {count} segments: empty. {_MEND}")
     if starts[0] != 0 or starts[-1] >= length or (starts[1:] <= starts[:-1]).any():
-        raise DataError(f"packed record: segment starts {starts.tolist()[:20]} are not 0 < ... < length={length}. {_MEND}")
+        raise DataError(f"packed record: segments start at {starts.tolist()[:20]}, which does not grow from 0 to "
+                        f"below {length}. {_MEND}")
