@@ -11,6 +11,7 @@ the lowest bit]. Padding is not stored.
 import dataclasses
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,11 +33,11 @@ class Record:
     starts: np.ndarray  # [n] uint32, index of each segment's first token; starts[0] == 0, increasing
     documents: np.ndarray  # [n] uint32, row in docs.parquet
     sources: np.ndarray  # [n] uint16, index in the manifest's sources
-    loss: np.ndarray | None = None  # [length] bool, True where the token is to be learned as a label; None = all
+    loss: np.ndarray | None = None  # [length] bool, True: learn this token as a label; None: all
 
 
 def encode_record(record: Record) -> bytes:
-    """Bytes of `record`. Errors: DataError when its parts disagree, so that nothing undecodable is written."""
+    """Bytes of `record`. Errors: DataError when its parts disagree: nothing undecodable is written."""
     length, count = len(record.tokens), len(record.starts)
     wide = bool(length) and int(np.max(record.tokens)) >= 1 << 16
     starts = _column(record.starts, "<u4", "segment start")
@@ -55,23 +56,23 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """The Record in `data`, as read-only views of it. Errors: DataError names what is wrong with the bytes."""
+    """The Record in `data`, as read-only views of it. Errors: DataError names what is wrong."""
     if len(data) < _HEADER.size:
-        raise DataError(f"packed record: truncated, {len(data)} bytes and the header alone has {_HEADER.size}. {_MEND}")
+        raise DataError(f"packed record: truncated, {len(data)} bytes where the header has {_HEADER.size}. {_MEND}")
     magic, version, flags, count, length = _HEADER.unpack_from(data)
     if magic != MAGIC:
-        raise DataError(f"packed record: magic {magic!r} is not {MAGIC!r}: not a packed record, or damaged. {_MEND}")
+        raise DataError(f"packed record: magic {magic!r} is not {MAGIC!r}: damaged, or no packed record. {_MEND}")
     if version != VERSION:
         raise DataError(f"packed record: version {version}, this code reads version {VERSION}. {_MEND}")
     if flags & ~(FLAG_LOSS | FLAG_WIDE):
-        raise DataError(f"packed record: unknown flags {flags:#04x}: written by newer code, or damaged. {_MEND}")
+        raise DataError(f"packed record: unknown flags {flags:#04x}: damaged, or written by newer code. {_MEND}")
     token_bytes = 4 if flags & FLAG_WIDE else 2
     loss_bytes = (length + 7) // 8 if flags & FLAG_LOSS else 0
     expected = _HEADER.size + 10 * count + token_bytes * length + loss_bytes
     if len(data) != expected:
         problem = "truncated" if len(data) < expected else "too long"
-        raise DataError(f"packed record: {problem}, {len(data)} bytes where {count} segments and {length} tokens "
-                        f"need {expected}. {_MEND}")
+        raise DataError(f"packed record: {problem}, {len(data)} bytes where {count} segments and {length} "
+                        f"tokens need {expected}. {_MEND}")
     starts = np.frombuffer(data, "<u4", count, _HEADER.size)
     _check_segments(starts, length, count, count)
     at = _HEADER.size + 10 * count
@@ -85,79 +86,107 @@ def decode_record(data: bytes) -> Record:
 
 def derive_row(records: Sequence[Record], *, sequence_length: int, record_length: int, pad_id: int,
                mask_documents: bool) -> dict[str, np.ndarray]:
-    """One training row of T = `sequence_length` positions from up to T / `record_length` consecutive records.
+    """One row [T] of up to T / `record_length` consecutive records; see `derive_rows`.
 
-    Tokens of the records follow one another without a gap, padding is at the end. A document that goes on in
-    the next record goes on in the row: its pieces are one segment. No record gives a row of padding.
-
-    Returns arrays [T]: tokens, targets, positions, first_key (int32), weights (float32), segment_ids (1.. per
-    document, 0 in padding) and source_ids (index in the set's sources, 0 in padding), both int32.
-    targets[t] is tokens[t + 1]: the one place where labels are shifted. weights[t] is 1 where that label is a
-    real token of the same document (any document if not `mask_documents`) that is to be learned, else 0, and
-    targets is 0 there. first_key[t] is the first key that query t may see; in padding t itself.
-    Errors: DataError when the records do not fit.
+    Errors: DataError when the records do not make a row of `sequence_length`.
     """
-    if sequence_length % record_length or len(records) * record_length > sequence_length:
-        raise DataError(f"{len(records)} records of {record_length} tokens do not make a row of {sequence_length}.")
-    row_T = {name: np.zeros(sequence_length, np.int32) for name in ("tokens", "targets", "positions", "segment_ids",
-                                                                    "source_ids")}
-    row_T["first_key"] = np.arange(sequence_length, dtype=np.int32)
-    row_T["weights"] = np.zeros(sequence_length, np.float32)
-    row = _join(records, record_length)
-    length = len(row.tokens)
-    row_T["tokens"][:length] = row.tokens
-    row_T["tokens"][length:] = pad_id
-    if not length:
-        return row_T
-    ends = np.append(row.starts[1:], length)
-    sizes = ends - row.starts
-    if mask_documents:
-        index = row_T["first_key"][:length].copy()
-        row_T["first_key"][:length] = np.repeat(row.starts, sizes)
-        np.subtract(index, row_T["first_key"][:length], out=row_T["positions"][:length])
-    else:
-        row_T["positions"][:length] = row_T["first_key"][:length]
-        row_T["first_key"][:length] = 0
-    row_T["segment_ids"][:length] = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)
-    row_T["source_ids"][:length] = np.repeat(row.sources, sizes)
-    weights = row_T["weights"]
-    weights[: length - 1] = 1 if row.loss is None else row.loss[1:]
-    if mask_documents:
-        weights[ends - 1] = 0
-    targets = row_T["targets"][: length - 1]
-    np.multiply(row.tokens[1:], weights[: length - 1] != 0, out=targets, casting="unsafe")
-    return row_T
+    longest = max((len(record.tokens) for record in records), default=0)
+    if sequence_length % record_length or len(records) * record_length > sequence_length or longest > record_length:
+        raise DataError(f"{len(records)} records of {record_length} tokens (longest: {longest}) make no row of "
+                        f"{sequence_length}. {_MEND}")
+    rows = derive_rows([records], sequence_length=sequence_length, pad_id=pad_id, mask_documents=mask_documents)
+    return {name: array_BT[0] for name, array_BT in rows.items()}
 
 
-def _join(records: Sequence[Record], record_length: int) -> Record:
-    """The records as one, adjacent segments of the same document merged."""
-    if not records:
-        empty = np.zeros(0, np.uint32)
-        return Record(empty, empty, empty, empty)
-    for record in records:
-        if len(record.tokens) > record_length:
-            raise DataError(f"packed record: {len(record.tokens)} tokens, the set's record_length is {record_length}. "
-                            f"{_MEND}")
-    if len(records) == 1:
-        joined = records[0]
-    else:
-        lengths = [len(record.tokens) for record in records]
-        offsets = np.cumsum([0, *lengths[:-1]])
-        loss = None
-        if any(record.loss is not None for record in records):
-            loss = np.concatenate([np.ones(size, bool) if record.loss is None else record.loss
-                                   for record, size in zip(records, lengths, strict=True)])
-        joined = Record(
-            np.concatenate([record.tokens for record in records]),
-            np.concatenate([record.starts + offset for record, offset in zip(records, offsets, strict=True)]),
-            np.concatenate([record.documents for record in records]),
-            np.concatenate([record.sources for record in records]), loss)
-    new = np.ones(len(joined.starts), bool)
-    np.not_equal(joined.documents[1:], joined.documents[:-1], out=new[1:])
-    if new.all():
-        return joined
-    return dataclasses.replace(joined, starts=joined.starts[new], documents=joined.documents[new],
-                               sources=joined.sources[new])
+def derive_rows(rows: Sequence[Sequence[Record]], *, sequence_length: int, pad_id: int, mask_documents: bool,
+                first_sources: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+    """Training rows [B, T], T = `sequence_length`, each from the consecutive records that `rows` lists for it.
+
+    Tokens of a row's records follow one another without a gap, padding is at the end. A document that goes on
+    in the next record goes on in the row: its pieces are one segment. No record gives a row of padding.
+
+    Returns arrays [B, T]: tokens, targets, positions, first_key (int32), weights (float32), segment_ids (1.. per
+    document of the row, 0 in padding) and source_ids (the record's plus `first_sources` of the row, 0 in
+    padding), both int32. targets[t] is tokens[t + 1]: the one place where labels are shifted. weights[t] is 1
+    where that label is a real token of the same document (of any document if not `mask_documents`) that is to
+    be learned, else 0, and targets is 0 there. first_key[t] is the first key of the row that query t may see,
+    in padding t itself. positions count from first_key.
+    Errors: DataError when a row's records have more than T tokens.
+
+    All rows at once: 20 numpy calls a batch in place of 20 a row, which with several threads spend most of
+    their time handing the interpreter lock around (measured: 4 threads took 2.3x the CPU time of 1).
+    """
+    tokens_BT = np.full((len(rows), sequence_length), pad_id, np.int32)
+    loss_BT = None
+    lengths = np.zeros(len(rows), np.int64)
+    starts, documents, sources, counts = [], [], [], np.zeros(len(rows), np.int64)
+    for row, records in enumerate(rows):
+        end = 0
+        for record in records:
+            begin, end = end, end + len(record.tokens)
+            if end > sequence_length:
+                raise DataError(f"packed records: {end} tokens in a row of {sequence_length}. {_MEND}")
+            tokens_BT[row, begin:end] = record.tokens
+            if record.loss is not None:
+                loss_BT = np.ones(tokens_BT.shape, bool) if loss_BT is None else loss_BT
+                loss_BT[row, begin:end] = record.loss
+            starts.append(np.add(record.starts, row * sequence_length + begin, dtype=np.int64))
+            documents.append(record.documents)
+            sources.append(record.sources)
+            counts[row] += len(record.starts)
+        lengths[row] = end
+    row_of = np.repeat(np.arange(len(rows)), counts)
+    segments = _merge(row_of, *(np.concatenate(parts) if parts else np.zeros(0, np.int64)
+                                for parts in (starts, documents, sources)))
+    if first_sources is not None:
+        segments = segments._replace(sources=segments.sources + np.asarray(first_sources)[segments.row_of])
+    return _fill(tokens_BT, loss_BT, segments, lengths, mask_documents)
+
+
+class _Segments(NamedTuple):
+    """Documents of all rows, in order; `starts` counts from the first token of the first row."""
+
+    row_of: np.ndarray
+    starts: np.ndarray
+    sources: np.ndarray
+
+
+def _merge(row_of: np.ndarray, starts: np.ndarray, documents: np.ndarray, sources: np.ndarray) -> _Segments:
+    """Pieces as whole documents: neighbours in a row with the same document are one segment."""
+    new = np.ones(len(starts), bool)
+    new[1:] = (documents[1:] != documents[:-1]) | (row_of[1:] != row_of[:-1])
+    return _Segments(row_of[new], starts[new], sources[new].astype(np.int64))
+
+
+def _fill(tokens_BT: np.ndarray, loss_BT: np.ndarray | None, segments: _Segments, lengths: np.ndarray,
+          mask_documents: bool) -> dict[str, np.ndarray]:
+    """Spread what is known per segment over the positions, each row's padding being a segment numbered 0."""
+    shape_BT, (rows, length_T) = tokens_BT.shape, tokens_BT.shape
+    row_starts = np.arange(rows) * length_T
+    padded = np.flatnonzero(lengths < length_T)
+    starts = np.concatenate([segments.starts, row_starts[padded] + lengths[padded]])
+    number = np.arange(len(segments.starts)) - np.searchsorted(segments.row_of, segments.row_of) + 1
+    first_key = segments.starts - row_starts[segments.row_of]
+    order = np.argsort(starts, kind="stable")
+    sizes = np.diff(starts[order], append=rows * length_T)
+
+    def spread(per_segment: np.ndarray) -> np.ndarray:
+        with_padding = np.concatenate([per_segment, np.zeros(len(padded), np.int64)]).astype(np.int32)
+        return np.repeat(with_padding[order], sizes).reshape(shape_BT)
+
+    segment_ids_BT = spread(number)
+    real_BT = segment_ids_BT > 0
+    index_T = np.arange(length_T, dtype=np.int32)
+    first_key_BT = np.where(real_BT, spread(first_key) if mask_documents else np.int32(0), index_T)
+    weights_BT = real_BT.astype(np.float32)
+    last = starts[order] + sizes - 1 if mask_documents else row_starts + lengths - 1
+    weights_BT.reshape(-1)[last] = 0  # the next token is another document's, or padding; all-padding rows are 0
+    if loss_BT is not None:
+        weights_BT[:, :-1] *= loss_BT[:, 1:]
+    targets_BT = np.zeros(shape_BT, np.int32)
+    np.copyto(targets_BT[:, :-1], tokens_BT[:, 1:], where=weights_BT[:, :-1] > 0)
+    return {"tokens": tokens_BT, "targets": targets_BT, "weights": weights_BT, "positions": index_T - first_key_BT,
+            "first_key": first_key_BT, "segment_ids": segment_ids_BT, "source_ids": spread(segments.sources)}
 
 
 def _column(values: np.ndarray, dtype: str, what: str) -> bytes:
@@ -170,8 +199,9 @@ def _column(values: np.ndarray, dtype: str, what: str) -> bytes:
 def _check_segments(starts: np.ndarray, length: int, documents: int, sources: int) -> None:
     count = len(starts)
     if documents != count or sources != count:
-        raise DataError(f"packed record: {count} segment starts, {documents} documents, {sources} sources. {_MEND}")
+        raise DataError(f"packed record: {count} segments, {documents} documents, {sources} sources. {_MEND}")
     if not length or not count:
         raise DataError(f"packed record: {length} tokens in {count} segments: empty. {_MEND}")
     if starts[0] != 0 or starts[-1] >= length or (starts[1:] <= starts[:-1]).any():
-        raise DataError(f"packed record: segment starts {starts.tolist()[:20]} are not 0 < ... < length={length}. {_MEND}")
+        raise DataError(f"packed record: segments start at {starts.tolist()[:20]}, which does not grow from 0 to "
+                        f"below {length}. {_MEND}")

@@ -1,0 +1,154 @@
+"""Which packed sets a run reads, in what proportion and at what row length; checked before the first row.
+
+Owns every check that needs the data: sets and tokenizer present, made with one another, fitting the model and
+the row length. Knows nothing of seeds, steps or hosts; those are the loader's.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanollama.config import DataConfig, PackedSetConfig
+from nanollama.data.files import DataError, sha256_json
+from nanollama.data.interleave import Interleave
+from nanollama.data.packed import MANIFEST_FILE, PackedSet, PackedSplit
+from nanollama.data.strict import FieldError
+from nanollama.data.tokenizer import MODEL_FILE, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MixtureSet:
+    """One packed set as the mixture uses it."""
+
+    name: str
+    packed: PackedSet
+    records: PackedSplit
+    records_per_row: int
+    first_source: int  # index in Mixture.sources of the set's source 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch; the last may have fewer records than the others, and is padded."""
+        return -(-len(self.records) // self.records_per_row)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixture:
+    """Checked sets and their shares. `sha256` is equal for mixtures that give equal rows for equal seeds."""
+
+    split: str
+    sequence_length: int
+    mask_documents: bool
+    threads: int
+    tokenizer: Tokenizer
+    sets: tuple[MixtureSet, ...]
+    interleave: Interleave
+    sources: tuple[str, ...]  # "set/source" of every source of every set
+    source_labels: tuple[int, ...]  # labels of one epoch over the split, per source
+
+    @property
+    def sha256(self) -> str:
+        """Identity: sets by content, shares, row length and masking; not names or paths."""
+        return sha256_json({name: value for name, value in self.describe().items() if name not in ("sha256", "names")})
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able form for lineage and checkpoints; `require_same` compares it."""
+        shares = self.interleave.shares
+        return {"split": self.split, "sequence_length": self.sequence_length, "mask_documents": self.mask_documents,
+                "tokenizer": self.tokenizer.sha256, "datasets": [member.packed.dataset_id for member in self.sets],
+                "shares": list(shares), "names": [member.name for member in self.sets]}
+
+    def require_same(self, described: Mapping[str, Any], what: str) -> None:
+        """Stop unless `what` (a checkpoint) was fed by this mixture. Errors: DataError lists what differs."""
+        mine = self.describe()
+        changes = [f"{name}: {described.get(name)} there, {mine[name]} now" for name in mine
+                   if name != "names" and mine[name] != described.get(name)]
+        if changes:
+            raise DataError(f"{what} was fed by another mixture, so going on would repeat and skip rows. "
+                            + "; ".join(changes) + ". Give it the data it was made with, or start a new run from it.")
+
+
+def open_mixture(data: DataConfig, *, split: str = "train", tokenizer_sha256: str | None = None,
+                 vocab_size: int | None = None) -> Mixture:
+    """Open and check the sets of `data`.
+
+    `tokenizer_sha256`: the tokenizer of the checkpoint that is to be trained on, if any. `vocab_size`: the
+    model's. In `split` "train" every set must have records; in others one that has none is left out.
+    Errors: DataError names the set or tokenizer and the commands that make it; FieldError a field to change.
+    """
+    tokenizer = _open_tokenizer(data, tokenizer_sha256, vocab_size)
+    opened = []
+    for number, entry in enumerate(data.sets):
+        packed = _open_set(entry, data, tokenizer)
+        _check_row_length(packed, data.sequence_length)
+        if packed.dataset_id in [other.dataset_id for other, _ in opened]:
+            raise FieldError(f"config.data.sets[{number}].path", f"{entry.path!r} is the same set as an earlier one",
+                             "Name it once, with the sum of the weights.")
+        opened.append((packed, entry.weight))
+    used = [(packed, weight) for packed, weight in opened
+            if split == "train" or packed.manifest["splits"].get(split, {}).get("records")]
+    if not used:
+        opened[0][0].split(split)  # raises: names the set, the split, and the splits that have records
+    try:
+        interleave = Interleave([weight for _, weight in used])
+    except ValueError as error:
+        raise FieldError("config.data.sets[].weight", str(error), "Use positive weights, none that small.") from error
+    sets, sources, labels = [], [], []
+    for packed, _ in used:
+        name = _unique_name(packed, [other for other, _ in used])
+        sets.append(MixtureSet(name, packed, packed.split(split), data.sequence_length // packed.record_length,
+                               len(sources)))
+        for source in packed.sources:
+            sources.append(f"{name}/{source}")
+            first_tokens = packed.source_count(split, source, "documents") if data.mask_documents else 0
+            labels.append(packed.source_count(split, source, "tokens") - first_tokens)
+    return Mixture(split, data.sequence_length, data.mask_documents, data.threads, tokenizer, tuple(sets), interleave,
+                   tuple(sources), tuple(labels))
+
+
+def commands(recipe: str, packed: str, tokenizer: str) -> str:
+    """The commands that make a packed set from its recipe, one a line."""
+    recipe, corpus = recipe or "MIXTURE.yaml", str(Path(packed).parent / "corpus")
+    return (f"\n  python -m data_pipeline.corpus --config={recipe} --output={corpus}"
+            f"\n  python -m data_pipeline.tokenizer --corpus={corpus} --output={tokenizer}"
+            f"\n  python -m data_pipeline.pack --corpus={corpus} --tokenizer={tokenizer} --output={packed}")
+
+
+def _open_tokenizer(data: DataConfig, sha256: str | None, vocab_size: int | None) -> Tokenizer:
+    if not (Path(data.tokenizer) / MODEL_FILE).is_file():
+        raise DataError(f"config.data.tokenizer: no tokenizer in {data.tokenizer!r}. It and the packed set come from:"
+                        + commands(data.sets[0].recipe, data.sets[0].path, data.tokenizer))
+    tokenizer = Tokenizer.load(data.tokenizer)
+    if sha256 is not None:
+        tokenizer.require(sha256, "The checkpoint", "Set config.data.tokenizer to the tokenizer/ folder of the run that "
+                          "wrote the checkpoint, and pack with it.")
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise FieldError("config.model.vocab_size", f"{vocab_size} is less than the {tokenizer.vocab_size} ids of the "
+                         f"tokenizer in {data.tokenizer}", f"Use {tokenizer.vocab_size} or more.")
+    return tokenizer
+
+
+def _open_set(entry: PackedSetConfig, data: DataConfig, tokenizer: Tokenizer) -> PackedSet:
+    make = commands(entry.recipe, entry.path, data.tokenizer)
+    if not (Path(entry.path) / MANIFEST_FILE).is_file():
+        raise DataError(f"config.data.sets: no packed set in {entry.path!r}. These commands make it:{make}")
+    packed = PackedSet(entry.path)
+    tokenizer.require(packed.tokenizer["sha256"], f"The packed set {entry.path}", "Set config.data.tokenizer to the one "
+                      "it was packed with, or pack it again:" + make.rsplit("\n", 1)[1].rjust(1))
+    return packed
+
+
+def _check_row_length(packed: PackedSet, sequence_length: int) -> None:
+    length = packed.record_length
+    if sequence_length % length:
+        below = sequence_length // length * length
+        valid = f"{below} or {below + length}" if below else str(length)
+        raise FieldError("config.data.sequence_length", f"{sequence_length} is not a multiple of the {length} tokens of a "
+                         f"record of {packed.directory}", f"Use {valid}, or pack with a record length that divides it.")
+
+
+def _unique_name(packed: PackedSet, all_sets: list[PackedSet]) -> str:
+    if sum(other.name == packed.name for other in all_sets) == 1:
+        return packed.name
+    return f"{packed.name}-{packed.dataset_id[:8]}"
