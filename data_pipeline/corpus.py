@@ -22,7 +22,15 @@ from data_pipeline.progress import Progress
 from data_pipeline.selection import OVER_CAP, Counts, Dropped, Kept, select
 from data_pipeline.sources import Source, open_source
 from data_pipeline.stage import WORK, code_version, command, disk_full_explained, finished, work_directory
-from nanollama.data.files import DataError, Lock, read_json, sha256_file, sha256_json, write_atomic, write_json
+from nanollama.data.files import (
+    DataError,
+    Lock,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_atomic,
+    write_json,
+)
 
 STAGE_VERSION = 1  # raise it when the same inputs would give other bytes
 LISTED_INPUTS = 100  # a manifest names the inputs one by one up to this many
@@ -41,7 +49,7 @@ def build_corpus(config: str | os.PathLike[str], output: str | os.PathLike[str],
         mixture = _limited(mixture, limit_mb)
     sources = [open_source(dataset) for dataset in mixture.datasets]
     inputs = [_inputs(source) for source in sources]
-    head = {"schema_version": corpus_format.SCHEMA_VERSION, "kind": "corpus", "fingerprint": "",
+    head: dict[str, Any] = {"schema_version": corpus_format.SCHEMA_VERSION, "kind": "corpus", "fingerprint": "",
             "mixture": {"file": Path(config).name, "sha256": sha256_json(mixture_mapping(mixture)),
                         "config": mixture_mapping(mixture)},
             "code": code_version(), "python": platform.python_version()}

@@ -37,7 +37,8 @@ class ShardWriter:
     def __init__(self, directory: Path, first: int, dataset: str):
         self.directory, self.dataset = directory, dataset
         self.shards: list[Shard] = []
-        self._number, self._file = first, None  # type: tuple[int, BinaryIO | None]
+        self._number = first
+        self._file: BinaryIO | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
     def write(self, document: Document) -> None:
@@ -46,7 +47,7 @@ class ShardWriter:
                "meta": document.meta}
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         if self._file is None:
-            self._file = open(self._path(".tmp"), "wb")
+            self._file = open(self._path(".tmp"), "wb")  # noqa: SIM115 (lives from one write to the next)
             self._hash, self._bytes, self._documents = hashlib.sha256(), 0, 0
         self._file.write(line)
         self._hash.update(line)

@@ -90,7 +90,7 @@ def build_packed(corpus: str | os.PathLike[str], tokenizer: str | os.PathLike[st
         item = token_dtype(frozen.vocab_size).itemsize
         require_space(output, int(0.8 * item * text_bytes), "packing")  # tokens and records, at 2.5 bytes a token or more
         work = work_directory(output, fingerprint)
-        head = {"schema_version": SCHEMA_VERSION, "kind": "packed", "dataset_id": "", "fingerprint": fingerprint,
+        head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": "packed", "dataset_id": "", "fingerprint": fingerprint,
                 "code": code_version(), "tokenizer": {name: getattr(frozen, name) for name in (
                     "sha256", "normalized_sha256", "vocab_size", "bos_id", "eos_id", "pad_id")},
                 "corpus": {"path": os.path.relpath(corpus, output), "manifest_sha256": corpus_sha256}}
@@ -117,18 +117,18 @@ def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest
             rows, splits[split] = _pack_split(split, documents, store, config, work / "set", progress)
             files += rows
     files.append(write_documents(tasks, documents, sources, work / "set"))
-    rows = {row["name"]: {"rows_in": row["rows_in"], "kept": row["kept"], "dropped": row["dropped"]}
+    account = {row["name"]: {"rows_in": row["rows_in"], "kept": row["kept"], "dropped": row["dropped"]}
             for row in corpus_manifest["datasets"]}
-    if sum(row["kept"] for row in rows.values()) != len(documents.tokens):
+    if sum(row["kept"] for row in account.values()) != len(documents.tokens):
         raise DataError(f"{corpus}: {len(documents.tokens)} documents, the manifest says "
-                        f"{sum(row['kept'] for row in rows.values())}. Make the corpus again.")
+                        f"{sum(row['kept'] for row in account.values())}. Make the corpus again.")
     manifest = {
         **head, "record_length": config.record_length, "splits": splits, "sources": sources,
         "weights": {row["name"]: row["mix_ratio"] for row in corpus_manifest["datasets"]},
         "source_counts": {split: _source_counts(split, documents, sources) for split in SPLITS}, "files": files,
         "seed": config.seed, "validation_fraction": config.validation_fraction,
         "packing": {"method": "best-fit-decreasing, long documents chained", "window_documents": WINDOW_DOCUMENTS},
-        "rows": rows, "mixture": corpus_manifest["mixture"]}
+        "rows": account, "mixture": corpus_manifest["mixture"]}
     manifest["dataset_id"] = dataset_id(manifest)
     return manifest
 

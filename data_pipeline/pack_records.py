@@ -81,11 +81,12 @@ def load_documents(tasks: list[ShardTask]) -> Documents:
     count = sum(len(column) for column in columns["tokens"])
     if count >= 1 << 32:
         raise DataError(f"{count} documents, a packed set holds at most {(1 << 32) - 1}. Pack the corpus in parts.")
+    whole = {name: np.concatenate(columns[name]) for name in names}
     return Documents(
-        *(np.concatenate(columns[name]) for name in ("tokens", "source")), np.concatenate(validation).astype(bool),
-        np.concatenate(columns["bytes"]), np.concatenate(columns["characters"]),
-        np.cumsum([0, *(len(column) for column in columns["tokens"])]), np.zeros(count, np.uint32),
-        np.zeros(count, np.uint32))
+        tokens=whole["tokens"], sources=whole["source"], validation=np.concatenate(validation).astype(bool),
+        bytes=whole["bytes"], characters=whole["characters"],
+        first=np.cumsum([0, *(len(column) for column in columns["tokens"])]),
+        record=np.zeros(count, np.uint32), segment=np.zeros(count, np.uint32))
 
 
 def windows(lengths: np.ndarray, record_length: int) -> Iterator[tuple[int, int]]:

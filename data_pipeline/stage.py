@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nanollama
+from data_pipeline.config import MixtureError
 from nanollama.data.files import DataError, read_json, sha256_file
 
 WORK = ".work"  # unfinished output, inside the output directory so that a rename moves it into place
@@ -81,9 +82,7 @@ def command(main: Callable[[], Any]) -> None:
     """Run a command line: an expected error is one message and exit code 1, an interrupt 130."""
     try:
         main()
-    except (DataError, ValueError) as error:
-        if not isinstance(error, DataError) and type(error).__module__ == "builtins":
-            raise  # a plain ValueError is a bug and keeps its trace
+    except (DataError, MixtureError, OSError) as error:  # anything else is a bug and keeps its trace
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

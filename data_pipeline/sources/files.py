@@ -14,7 +14,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data_pipeline.config import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, expand_variables, format_of, paths_of
+from data_pipeline.config import (
+    PACKAGE_METADATA,
+    PYTHON_STDLIB,
+    DatasetConfig,
+    expand_variables,
+    format_of,
+    paths_of,
+)
 from data_pipeline.documents import Bad, Document, Place, make_document, scalar_meta, text_digest
 from data_pipeline.sources.base import Input
 from data_pipeline.sources.python_code import decode_source, docstrings
@@ -135,7 +142,7 @@ class FileSource:
         return None
 
     def _parquet(self, name: str, path: Path) -> Iterator[Document | Bad]:
-        dataset, number = self.dataset, 0
+        number = 0
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 columns = self._columns(file.schema_arrow, path)

@@ -18,6 +18,13 @@ class HubSource:
 
     def __init__(self, dataset: DatasetConfig):
         self.dataset = dataset
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError(
+                f"dataset {dataset.name}: reading {', '.join(paths_of(dataset))} needs the `datasets` library, which "
+                "is not installed. Install it with: pip install 'nanollama[data]'") from error
+        self._library: Any = datasets
         self._rows = FileSource(dataset, [])
         self.total_bytes = 0
         self.bytes_read = 0
@@ -45,12 +52,7 @@ class HubSource:
 
     def _stream(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         try:
-            import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        except ImportError as error:
-            raise DataError(f"dataset {self.dataset.name}: reading {path} needs the `datasets` library, which is not "
-                            "installed. Install it with: pip install 'nanollama[data]'") from error
-        try:
-            yield from datasets.load_dataset(path, name=self.dataset.subset, split=split, streaming=True,
+            yield from self._library.load_dataset(path, name=self.dataset.subset, split=split, streaming=True,
                                              revision=self.dataset.revision)
         except DataError:
             raise

@@ -18,7 +18,7 @@ class PackageSource:
     def __init__(self) -> None:
         self._found: dict[str, importlib.metadata.Distribution] = {}
         for distribution in importlib.metadata.distributions():
-            name = distribution.metadata["Name"]
+            name = _field(distribution, "Name")
             if name:
                 self._found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution)
         self.total_bytes = 0
@@ -39,17 +39,22 @@ class PackageSource:
             if not _description(distribution).strip():
                 yield Bad(place, "no description")
                 continue
-            licence = distribution.metadata.get("License-Expression") or distribution.metadata.get("License") or ""
+            licence = _field(distribution, "License-Expression") or _field(distribution, "License")
             facts = {"version": distribution.version, "licence": licence.strip().split("\n")[0][:100]}
             meta = scalar_meta(facts, None, set())
             yield make_document(name, _text(distribution), meta, place)
 
 
 def _text(distribution: importlib.metadata.Distribution) -> str:
-    parts = [distribution.metadata["Name"], distribution.metadata.get("Summary") or "", _description(distribution)]
+    parts = [_field(distribution, "Name"), _field(distribution, "Summary"), _description(distribution)]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
 def _description(distribution: importlib.metadata.Distribution) -> str:
     payload = distribution.metadata.get_payload()  # type: ignore[attr-defined]
-    return payload if isinstance(payload, str) and payload.strip() else distribution.metadata.get("Description") or ""
+    return payload if isinstance(payload, str) and payload.strip() else _field(distribution, "Description")
+
+
+def _field(distribution: importlib.metadata.Distribution, name: str) -> str:
+    values = distribution.metadata.get_all(name)
+    return str(values[0]) if values else ""
