@@ -45,8 +45,10 @@ def start(*, elastic: bool = False, devices: int | None = None) -> None:
     """
     refuse_version(JAXLIB_VERSION)
     if devices is not None and elastic and devices > ELASTIC_THREADS:
-        raise BackendError(f"{devices} devices with elastic determinism: its thread pool serves up to "
-                           f"{ELASTIC_THREADS}. Use fewer devices, or determinism='same_mesh'.")
+        raise BackendError(
+            f"{devices} devices with elastic determinism: its thread pool serves up to "
+            f"{ELASTIC_THREADS}. Use fewer devices, or determinism='same_mesh'."
+        )
     if _running():
         _check_running(elastic, devices)
     else:
@@ -68,8 +70,11 @@ def refuse_version(version: str) -> None:
 def with_flags(flags: str, version: str) -> str:
     """XLA_FLAGS with our speed flags, save those the user already names or jaxlib `version` may not know."""
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    ours = [flag for flag, (first, end) in CPU_FLAGS.items()
-            if first <= release < end and flag.partition("=")[0] not in flags]
+    ours = [
+        flag
+        for flag, (first, end) in CPU_FLAGS.items()
+        if first <= release < end and flag.partition("=")[0] not in flags
+    ]
     return " ".join([*flags.split(), *ours])
 
 
@@ -90,9 +95,11 @@ def check_arithmetic(program: Callable[[np.ndarray], np.ndarray] = sums_of_squar
     expected, got = (rows**2).sum(axis=1), program(rows)
     wrong = int(np.count_nonzero(got != expected))
     if wrong:
-        raise BackendError(f"jaxlib {JAXLIB_VERSION} on {jax.default_backend()} computes wrong sums: {wrong} "
-                           f"of {len(rows)} differ, the last is {got[-1]:.0f} instead of {expected[-1]:.0f}. "
-                           f"A model trained on it would be worthless. Install another: {INSTALL_FIX}")
+        raise BackendError(
+            f"jaxlib {JAXLIB_VERSION} on {jax.default_backend()} computes wrong sums: {wrong} "
+            f"of {len(rows)} differ, the last is {got[-1]:.0f} instead of {expected[-1]:.0f}. "
+            f"A model trained on it would be worthless. Install another: {INSTALL_FIX}"
+        )
 
 
 def pool_threads() -> int:
@@ -112,12 +119,16 @@ def _running() -> bool:
 
 def _check_running(elastic: bool, devices: int | None) -> None:
     if elastic and pool_threads() != ELASTIC_THREADS:
-        raise BackendError(f"elastic determinism needs a pool of {ELASTIC_THREADS} threads, but JAX already "
-                           f"runs with {pool_threads()}. Call backend.start(elastic=True) before any use of "
-                           f"jax.devices(), or set NPROC={ELASTIC_THREADS} in the environment.")
+        raise BackendError(
+            f"elastic determinism needs a pool of {ELASTIC_THREADS} threads, but JAX already "
+            f"runs with {pool_threads()}. Call backend.start(elastic=True) before any use of "
+            f"jax.devices(), or set NPROC={ELASTIC_THREADS} in the environment."
+        )
     if devices is not None and jax.device_count() != devices:
-        raise BackendError(f"{devices} devices asked for, but JAX already runs with {jax.device_count()}. "
-                           "Call backend.start(devices=...) before any use of jax.devices().")
+        raise BackendError(
+            f"{devices} devices asked for, but JAX already runs with {jax.device_count()}. "
+            "Call backend.start(devices=...) before any use of jax.devices()."
+        )
 
 
 def _use_compilation_cache() -> None:
@@ -129,8 +140,11 @@ def _use_compilation_cache() -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        logging.getLogger(__name__).warning("no compilation cache, so start-up is slower: %s. Set "
-                                            "JAX_COMPILATION_CACHE_DIR to a writable folder.", error)
+        logging.getLogger(__name__).warning(
+            "no compilation cache, so start-up is slower: %s. Set "
+            "JAX_COMPILATION_CACHE_DIR to a writable folder.",
+            error,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
