@@ -45,7 +45,7 @@ def started(folder: Path, **changes) -> tuple[Path, Config]:
     """A run folder with a checkpoint, and its config."""
     make_data(folder)
     config, workdir = make_config(folder, **changes), folder / "train"
-    run_folder.write(workdir, config)
+    run_folder.prepare(workdir, config)
     (workdir / "checkpoints" / "10").mkdir(parents=True)
     return workdir, config
 
@@ -70,9 +70,11 @@ def test_config_json_is_the_config(tmp_path):
 def test_what_the_run_computes_may_not_change(tmp_path, field, value):
     workdir, _ = started(tmp_path)
     name = field.replace("__", ".")
+    before = (workdir / "config.json").read_bytes()
     with pytest.raises(DataError, match=re.escape(f"{name}: ")) as error:
-        run_folder.check_resume(workdir, make_config(tmp_path, **{field: value}))
+        run_folder.prepare(workdir, make_config(tmp_path, **{field: value}), step=10)
     assert f"{value!r} now" in str(error.value) and "--workdir" in str(error.value)
+    assert (workdir / "config.json").read_bytes() == before  # refused before anything is written
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -146,7 +148,7 @@ def test_data_may_move_but_not_change(tmp_path):
 
 def test_a_run_that_saved_nothing_starts_again_with_any_config(tmp_path):
     make_data(tmp_path)
-    run_folder.write(tmp_path / "train", make_config(tmp_path))
+    run_folder.prepare(tmp_path / "train", make_config(tmp_path))
     assert run_folder.check_resume(tmp_path / "train", make_config(tmp_path, model__num_layers=4)) == []
 
 
@@ -171,9 +173,9 @@ def test_a_config_saved_before_a_field_existed_still_resumes(tmp_path):
 
 def test_lineage_names_every_input_and_every_start(tmp_path):
     workdir, config = started(tmp_path)
-    run_folder.write(workdir, config, step=10)
-    run_folder.write(workdir, config, step=15)
-    run_folder.write(workdir, config, step=10)  # the checkpoint of step 15 was lost
+    run_folder.prepare(workdir, config, step=10)
+    run_folder.prepare(workdir, make_config(tmp_path, steps=99), step=15)
+    run_folder.prepare(workdir, config, step=10)  # the checkpoint of step 15 was lost
     found = json.loads((workdir / "lineage.json").read_text())
     (packed,) = found["sets"]
     assert packed["dataset_id"] == "d1" and packed["corpus_manifest_sha256"] == "c"
@@ -181,12 +183,13 @@ def test_lineage_names_every_input_and_every_start(tmp_path):
     assert found["tokenizer"]["sha256"] == sha256_file(tmp_path / "tokenizer/tokenizer.model")
     assert [start["step"] for start in found["starts"]] == [0, 10]
     assert found["starts"][0]["devices"]["platform"] == "cpu" and found["parent"] is None
+    assert found["starts"][1]["changes"] == ["steps: 99 in the folder, 20 now"]
 
 
 def test_parent_is_kept_on_resume(tmp_path):
     workdir, config = started(tmp_path)
-    run_folder.write(workdir, config, parent={"path": "runs/base", "step": 7})
-    run_folder.write(workdir, config, step=10)
+    run_folder.prepare(workdir, config, parent={"path": "runs/base", "step": 7})
+    run_folder.prepare(workdir, config, step=10)
     assert json.loads((workdir / "lineage.json").read_text())["parent"] == {"path": "runs/base", "step": 7}
 
 
@@ -242,7 +245,7 @@ def test_config_as_given_keeps_the_command_line_and_the_file(tmp_path, monkeypat
     text = run_folder.as_given("c.py:runlocal,steps=3", ["seed=1"])
     assert text == "# --config=c.py:runlocal,steps=3\n# --config.seed=1\ndef get_config(arg): ...\n"
     make_data(tmp_path)
-    run_folder.write(tmp_path / "train", make_config(tmp_path), given=text)
+    run_folder.prepare(tmp_path / "train", make_config(tmp_path), given=text)
     assert (tmp_path / "train/config_as_given.txt").read_text() == text
 
 

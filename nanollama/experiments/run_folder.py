@@ -59,24 +59,28 @@ def check_resume(workdir: str | Path, config: Config) -> list[Change]:
     return changes
 
 
-def write(workdir: str | Path, config: Config, *, step: int = 0, given: str = "",
-          parent: dict[str, Any] | None = None) -> None:
-    """Describe the run in its folder; call at every start, after `check_resume`.
+def prepare(workdir: str | Path, config: Config, *, step: int = 0, given: str = "",
+            parent: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Check that `config` may go on here, then describe the run in its folder; call it at every start.
 
-    `step` is where the run goes on, `given` the config as the user gave it (see `as_given`). Each start is
-    kept in lineage.json under "starts", because a later one may use other code or another machine.
+    `step` is where the run goes on, `given` the config as the user gave it (see `as_given`), `parent` the
+    checkpoint a new run starts from. Returns what lineage.json now holds; each start is kept there under
+    "starts", because a later one may use other code or another machine. Errors: as `check_resume`.
     """
     workdir = Path(workdir)
+    changes = check_resume(workdir, config)
     before = read_json(workdir / "lineage.json") if step and (workdir / "lineage.json").is_file() else {}
     here, origin = environments.environment(), lineages.lineage(config, parent or before.get("parent"))
-    start = {"step": step, "code": origin["code"], "devices": here["devices"]}
+    start = {"step": step, "code": origin["code"], "devices": here["devices"],
+             "changes": [str(change) for change in changes]}
     # Starts past `step` were undone by going back to its checkpoint.
-    kept = [item for item in before.get("starts", []) if item["step"] < step]
+    origin["starts"] = [*(item for item in before.get("starts", []) if item["step"] < step), start]
     write_json(workdir / "config.json", as_dict(config))
     if given:
         write_atomic(workdir / "config_as_given.txt", given)
     write_json(workdir / "environment.json", here)
-    write_json(workdir / "lineage.json", {**origin, "starts": [*kept, start]})
+    write_json(workdir / "lineage.json", origin)
+    return origin
 
 
 def as_given(spec: str, overrides: list[str] | tuple[str, ...] = ()) -> str:
