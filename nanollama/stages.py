@@ -66,7 +66,7 @@ class Run:
     def __init__(self, pipeline: Pipeline, workdir: Path):
         self.pipeline, self.workdir = pipeline, workdir
         self.folder = workdir / "stages"
-        self._hashes: dict[str, Any] = self._read(self.folder / "hashes.json")
+        self._hashes: dict[str, Any] = self._read(self.folder / ".hashes.json")
 
     def fill(self, text: str) -> str:
         return text.replace("{workdir}", str(self.workdir)).replace("{python}", this_python())
@@ -127,7 +127,7 @@ class Run:
 
     def save(self, stage: Stage, marker: dict[str, Any]) -> None:
         write_json(self.folder / f"{stage.name}.json", marker)
-        write_json(self.folder / "hashes.json", self._hashes)
+        write_json(self.folder / ".hashes.json", self._hashes)
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
