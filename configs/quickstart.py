@@ -1,7 +1,7 @@
 """The quickstart's model: about 3 million parameters, trained on two CPU cores in minutes.
 
 `configs/quickstart.py:workdir=DIR` reads the data that `make quickstart` (or its stages) wrote to DIR; what
-follows `workdir=` is the path to its end, spaces and commas included. `tiny,` before it shrinks it to seconds.
+follows `workdir=` is the path to its end, commas included. `tiny,` before it shrinks it all to seconds.
 """
 
 from ml_collections import ConfigDict

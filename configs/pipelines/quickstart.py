@@ -48,7 +48,7 @@ def get_config(argument: str = "") -> ConfigDict:
         },
         {
             "name": "pretrain",
-            "about": f"train for {train_config.steps} steps; after a kill it goes on from its last checkpoint",
+            "about": f"train for {train_config.steps} steps; after a kill, go on from the last checkpoint",
             "command": ["{python}", "-m", "nanollama.train", f"--config={_with_workdir(config_file)}"]
             + ["--workdir={workdir}/train", "--resume"],
             "inputs": [config_file, "{workdir}/packed", "{workdir}/tokenizer"],
