@@ -5,8 +5,10 @@ meshes: only jax, numpy and the standard library, so that a kernel can be measur
 """
 
 import functools
+import hashlib
 import logging
 import os
+import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -131,12 +133,25 @@ def _check_running(elastic: bool, devices: int | None) -> None:
         )
 
 
+def _processor() -> str:
+    """Short hash of this processor's instructions; different machines may share a home folder."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.machine() + platform.processor()
+    return hashlib.sha256(features.encode()).hexdigest()[:8]
+
+
 def _use_compilation_cache() -> None:
-    """Keep compiled programs between runs, apart for each thread count: JAX's cache key does not hold it, but
-    code compiled for one pool may sum in another order than code compiled for another."""
+    """Keep compiled programs between runs, apart for each processor type and thread count.
+
+    JAX's cache key holds neither, but code for another processor may crash, and code compiled for another
+    pool may sum in another order.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     base = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home / "nanollama" / "jax")
-    directory = base / f"threads-{pool_threads()}"
+    directory = base / f"{_processor()}-threads-{pool_threads()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
