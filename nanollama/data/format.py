@@ -58,14 +58,14 @@ def encode_record(record: Record) -> bytes:
 def decode_record(data: bytes) -> Record:
     """The Record in `data`, as read-only views of it. Errors: DataError names what is wrong."""
     if len(data) < _HEADER.size:
-        raise DataError(f"packed record: truncated, {len(data)} bytes where the header has {_HEADER.size}. {_MEND}")
+        raise DataError(f"packed record: truncated, {len(data)} bytes are no header. {_MEND}")
     magic, version, flags, count, length = _HEADER.unpack_from(data)
     if magic != MAGIC:
-        raise DataError(f"packed record: magic {magic!r} is not {MAGIC!r}: damaged, or no packed record. {_MEND}")
+        raise DataError(f"packed record: magic {magic!r} is not {MAGIC!r}: damaged, or no record. {_MEND}")
     if version != VERSION:
         raise DataError(f"packed record: version {version}, this code reads version {VERSION}. {_MEND}")
     if flags & ~(FLAG_LOSS | FLAG_WIDE):
-        raise DataError(f"packed record: unknown flags {flags:#04x}: damaged, or written by newer code. {_MEND}")
+        raise DataError(f"packed record: unknown flags {flags:#04x}: damaged or of newer code. {_MEND}")
     token_bytes = 4 if flags & FLAG_WIDE else 2
     loss_bytes = (length + 7) // 8 if flags & FLAG_LOSS else 0
     expected = _HEADER.size + 10 * count + token_bytes * length + loss_bytes
@@ -91,22 +91,24 @@ def derive_row(records: Sequence[Record], *, sequence_length: int, record_length
     Errors: DataError when the records do not make a row of `sequence_length`.
     """
     longest = max((len(record.tokens) for record in records), default=0)
-    if sequence_length % record_length or len(records) * record_length > sequence_length or longest > record_length:
-        raise DataError(f"{len(records)} records of {record_length} tokens (longest: {longest}) make no row of "
-                        f"{sequence_length}. {_MEND}")
-    rows = derive_rows([records], sequence_length=sequence_length, pad_id=pad_id, mask_documents=mask_documents)
-    return {name: array_BT[0] for name, array_BT in rows.items()}
+    fits = len(records) * record_length <= sequence_length and longest <= record_length
+    if sequence_length % record_length or not fits:
+        raise DataError(f"packed records: {len(records)} of {record_length} tokens (longest: {longest}) make "
+                        f"no row of {sequence_length}. {_MEND}")
+    arrays = derive_rows([records], sequence_length=sequence_length, pad_id=pad_id,
+                         mask_documents=mask_documents)
+    return {name: array_BT[0] for name, array_BT in arrays.items()}
 
 
 def derive_rows(rows: Sequence[Sequence[Record]], *, sequence_length: int, pad_id: int, mask_documents: bool,
                 first_sources: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-    """Training rows [B, T], T = `sequence_length`, each from the consecutive records that `rows` lists for it.
+    """Training rows [B, T], T = `sequence_length`, each from the consecutive records `rows` lists for it.
 
     Tokens of a row's records follow one another without a gap, padding is at the end. A document that goes on
     in the next record goes on in the row: its pieces are one segment. No record gives a row of padding.
 
-    Returns arrays [B, T]: tokens, targets, positions, first_key (int32), weights (float32), segment_ids (1.. per
-    document of the row, 0 in padding) and source_ids (the record's plus `first_sources` of the row, 0 in
+    Returns arrays [B, T]: tokens, targets, positions, first_key (int32), weights (float32), segment_ids (1..
+    per document of the row, 0 in padding) and source_ids (the record's plus `first_sources` of the row, 0 in
     padding), both int32. targets[t] is tokens[t + 1]: the one place where labels are shifted. weights[t] is 1
     where that label is a real token of the same document (of any document if not `mask_documents`) that is to
     be learned, else 0, and targets is 0 there. first_key[t] is the first key of the row that query t may see,
@@ -180,19 +182,21 @@ def _fill(tokens_BT: np.ndarray, loss_BT: np.ndarray | None, segments: _Segments
     first_key_BT = np.where(real_BT, spread(first_key) if mask_documents else np.int32(0), index_T)
     weights_BT = real_BT.astype(np.float32)
     last = starts[order] + sizes - 1 if mask_documents else row_starts + lengths - 1
-    weights_BT.reshape(-1)[last] = 0  # the next token is another document's, or padding; all-padding rows are 0
+    weights_BT.reshape(-1)[last] = 0  # the next token is another document's or padding
     if loss_BT is not None:
         weights_BT[:, :-1] *= loss_BT[:, 1:]
     targets_BT = np.zeros(shape_BT, np.int32)
     np.copyto(targets_BT[:, :-1], tokens_BT[:, 1:], where=weights_BT[:, :-1] > 0)
-    return {"tokens": tokens_BT, "targets": targets_BT, "weights": weights_BT, "positions": index_T - first_key_BT,
-            "first_key": first_key_BT, "segment_ids": segment_ids_BT, "source_ids": spread(segments.sources)}
+    return {"tokens": tokens_BT, "targets": targets_BT, "weights": weights_BT,
+            "positions": index_T - first_key_BT, "first_key": first_key_BT, "segment_ids": segment_ids_BT,
+            "source_ids": spread(segments.sources)}
 
 
 def _column(values: np.ndarray, dtype: str, what: str) -> bytes:
     array = np.asarray(values)
     if array.size and (array.min() < 0 or array.max() > np.iinfo(dtype).max):
-        raise DataError(f"packed record: {what} {array.min()}..{array.max()} does not fit in {np.dtype(dtype).name}.")
+        raise DataError(f"packed record: {what} {array.min()}..{array.max()} does not fit in "
+                        f"{np.dtype(dtype).name}.")
     return array.astype(dtype).tobytes()
 
 
@@ -203,5 +207,5 @@ def _check_segments(starts: np.ndarray, length: int, documents: int, sources: in
     if not length or not count:
         raise DataError(f"packed record: {length} tokens in {count} segments: empty. {_MEND}")
     if starts[0] != 0 or starts[-1] >= length or (starts[1:] <= starts[:-1]).any():
-        raise DataError(f"packed record: segments start at {starts.tolist()[:20]}, which does not grow from 0 to "
-                        f"below {length}. {_MEND}")
+        raise DataError(f"packed record: segments start at {starts.tolist()[:20]}, which does not grow from "
+                        f"0 to below {length}. {_MEND}")

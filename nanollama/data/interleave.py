@@ -1,10 +1,10 @@
-"""Which set row g of a mixture comes from, and which of that set's rows it is: a pure function of the weights.
+"""Which set row g of a mixture comes from, and which of that set's rows it is: a function of the weights.
 
-Owns the index map. At every prefix each set has had its share of the rows to within less than one row, and row
-g is found in constant time, so a run can be entered at any step. Knows nothing of files, seeds or hosts.
+Owns the index map. At every prefix each set has had its share of the rows to within less than one row, and
+row g is found in constant time, so a run can be entered at any step. Knows nothing of files, seeds or hosts.
 
-A later change of weights fits without repeating or skipping a row: from row g on, take set and position from a
-new map at index - g, and add `counts(g)` of the old one to the position.
+A later change of weights fits without repeating or skipping a row: from row g on, take set and position from
+a new map at index - g, and add `counts(g)` of the old one to the position.
 """
 
 import heapq
@@ -47,10 +47,10 @@ class Interleave:
 
 
 def _integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """The weights as integers with the same ratios; exact when decimals of a sum of at most RESOLUTION do it."""
+    """The weights as integers with the same ratios: exact if a period of RESOLUTION or less can be."""
     if not weights or not all(weight > 0 and math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights {list(weights)} are not all positive numbers")
-    exact = [Fraction(str(weight)) for weight in weights]  # the decimal the user wrote, not the nearest binary
+    exact = [Fraction(str(weight)) for weight in weights]  # the decimal as written, not the binary
     exact = [weight / sum(exact) for weight in exact]
     period = math.lcm(*(weight.denominator for weight in exact))
     if period <= RESOLUTION:
@@ -67,7 +67,8 @@ def _integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
 def _pattern(shares: Sequence[int]) -> np.ndarray:
     """One period: the set of each slot, every prefix within one row of every set's share.
 
-    Row k of a set with share a of S must not come before slot floor(k S / a), nor after ceil((k + 1) S / a) - 1.
+    Row k of a set with share a of S must not come before slot floor(k S / a), nor after
+    ceil((k + 1) S / a) - 1.
     Taking the earliest deadline among those that may come meets every deadline (Tijdeman 1980, the chairman
     assignment problem; Baruah et al. 1996, Pfair scheduling).
     """

@@ -52,7 +52,7 @@ class Loader:
         _check_hosts(global_batch, host, hosts)
         self.mixture, self.global_batch, self.host, self.hosts = mixture, global_batch, host, hosts
         self.threads = mixture.threads if threads is None else threads
-        self.sources = list(mixture.sources)
+        self.sources = mixture.sources
         self._keys = row_order(mixture, seed)
         rows = self._keys[host::hosts].batch(global_batch // hosts, batch_fn=list)
         self._batches = rows.map(lambda keys: read_rows(mixture, keys))
@@ -75,7 +75,8 @@ class Loader:
         """Packed set, split and records of row `row` of the global batch of `step`; `packed why` goes on."""
         key = RowKey(*self._keys[step * self.global_batch + row])
         member = self.mixture.sets[key.set]
-        return {"set": str(member.packed.directory), "split": self.mixture.split, "records": list(_records(member, key))}
+        return {"set": str(member.packed.directory), "split": self.mixture.split,
+                "records": list(_records(member, key))}
 
     def epochs(self, tokens_per_source: Sequence[int] | np.ndarray) -> dict[str, float]:
         """Equivalent epochs per source: labels seen over labels of one pass through its split."""
@@ -103,19 +104,19 @@ def read_rows(mixture: Mixture, keys: Sequence[RowKey | None]) -> HostBatch:
     """
     records: list[list[Record]] = [[] for _ in keys]
     for number, member in enumerate(mixture.sets):
-        places = [place for place, key in enumerate(keys) if key is not None and key[0] == number]
-        spans = [_records(member, keys[place]) for place in places]
-        found = iter(member.records.read([index for span in spans for index in span]))
-        for place, span in zip(places, spans, strict=True):
+        spans = {place: _records(member, key) for place, key in enumerate(keys) if key and key.set == number}
+        found = iter(member.records.read([index for span in spans.values() for index in span]))
+        for place, span in spans.items():
             records[place] = [next(found) for _ in span]
     arrays = derive_rows(records, sequence_length=mixture.sequence_length, pad_id=mixture.tokenizer.pad_id,
                          mask_documents=mixture.mask_documents,
                          first_sources=[mixture.sets[key.set].first_source if key else 0 for key in keys])
-    empty = [key for key, labels in zip(keys, arrays["weights"].any(axis=1), strict=True) if key is not None and not labels]
-    if empty:
-        member = mixture.sets[empty[0].set]
-        raise DataError(f"{member.packed.directory}, split {mixture.split}, records {list(_records(member, empty[0]))}: no "
-                        "token to learn, all labels are masked. Drop such documents and pack again.")
+    labels_B = arrays["weights"].sum(axis=1)
+    for key, labels in zip(keys, labels_B.tolist(), strict=True):
+        if key and not labels:
+            member = mixture.sets[key.set]
+            where = f"{member.packed.directory}, split {mixture.split}, records {list(_records(member, key))}"
+            raise DataError(f"{where}: no token to learn. Drop such documents and pack again.")
     source_ids_BT, weights_BT = arrays.pop("source_ids"), arrays["weights"]
     source_tokens = np.bincount(source_ids_BT.ravel(), weights_BT.ravel(), len(mixture.sources))
     return HostBatch(arrays, arrays.pop("segment_ids"), source_ids_BT, source_tokens.astype(np.int64))
@@ -161,5 +162,5 @@ def _records(member: MixtureSet, key: RowKey) -> range:
 
 def _check_hosts(global_batch: int, host: int, hosts: int) -> None:
     if not 0 <= host < hosts or global_batch % hosts:
-        raise FieldError("config.batch.global_rows", f"{global_batch} rows cannot be dealt to host {host} of {hosts}",
-                         f"Use a multiple of {hosts}.")
+        raise FieldError("config.batch.global_rows", f"{global_batch} rows cannot be dealt to host {host} of "
+                         f"{hosts}", f"Use a multiple of {hosts}.")

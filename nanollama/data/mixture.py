@@ -35,7 +35,7 @@ class MixtureSet:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mixture:
-    """Checked sets and their shares. `sha256` is equal for mixtures that give equal rows for equal seeds."""
+    """Checked sets and their shares."""
 
     split: str
     sequence_length: int
@@ -44,20 +44,34 @@ class Mixture:
     tokenizer: Tokenizer
     sets: tuple[MixtureSet, ...]
     interleave: Interleave
-    sources: tuple[str, ...]  # "set/source" of every source of every set
-    source_labels: tuple[int, ...]  # labels of one epoch over the split, per source
+
+    @property
+    def sources(self) -> list[str]:
+        """Names "set/source" of every source of every set; a row's source ids are indices of it."""
+        return [f"{member.name}/{source}" for member in self.sets for source in member.packed.sources]
+
+    def source_counts(self, what: str) -> list[int]:
+        """`what` ("documents", "tokens", "bytes", "characters") of one epoch of the split, per source."""
+        return [member.packed.source_count(self.split, source, what)
+                for member in self.sets for source in member.packed.sources]
+
+    @property
+    def source_labels(self) -> list[int]:
+        """Labels of one epoch per source: all tokens but the first of each document."""
+        tokens, documents = self.source_counts("tokens"), self.source_counts("documents")
+        return [t - d if self.mask_documents else t for t, d in zip(tokens, documents, strict=True)]
 
     @property
     def sha256(self) -> str:
-        """Identity: sets by content, shares, row length and masking; not names or paths."""
-        return sha256_json({name: value for name, value in self.describe().items() if name not in ("sha256", "names")})
+        """Equal for mixtures that give equal rows for equal seeds: no names, no paths."""
+        return sha256_json({name: value for name, value in self.describe().items() if name != "names"})
 
     def describe(self) -> dict[str, Any]:
         """JSON-able form for lineage and checkpoints; `require_same` compares it."""
-        shares = self.interleave.shares
-        return {"split": self.split, "sequence_length": self.sequence_length, "mask_documents": self.mask_documents,
-                "tokenizer": self.tokenizer.sha256, "datasets": [member.packed.dataset_id for member in self.sets],
-                "shares": list(shares), "names": [member.name for member in self.sets]}
+        return {"split": self.split, "sequence_length": self.sequence_length,
+                "mask_documents": self.mask_documents, "tokenizer": self.tokenizer.sha256,
+                "datasets": [member.packed.dataset_id for member in self.sets],
+                "shares": list(self.interleave.shares), "names": [member.name for member in self.sets]}
 
     def require_same(self, described: Mapping[str, Any], what: str) -> None:
         """Stop unless `what` (a checkpoint) was fed by this mixture. Errors: DataError lists what differs."""
@@ -66,7 +80,7 @@ class Mixture:
                    if name != "names" and mine[name] != described.get(name)]
         if changes:
             raise DataError(f"{what} was fed by another mixture, so going on would repeat and skip rows. "
-                            + "; ".join(changes) + ". Give it the data it was made with, or start a new run from it.")
+                            f"{'; '.join(changes)}. Give it the data it was made with, or start a new run.")
 
 
 def open_mixture(data: DataConfig, *, split: str = "train", tokenizer_sha256: str | None = None,
@@ -74,37 +88,32 @@ def open_mixture(data: DataConfig, *, split: str = "train", tokenizer_sha256: st
     """Open and check the sets of `data`.
 
     `tokenizer_sha256`: the tokenizer of the checkpoint that is to be trained on, if any. `vocab_size`: the
-    model's. In `split` "train" every set must have records; in others one that has none is left out.
+    model's. In `split` "train" every set must have records; in others a set that has none is left out.
     Errors: DataError names the set or tokenizer and the commands that make it; FieldError a field to change.
     """
     tokenizer = _open_tokenizer(data, tokenizer_sha256, vocab_size)
-    opened = []
+    opened: list[tuple[PackedSet, float]] = []
     for number, entry in enumerate(data.sets):
         packed = _open_set(entry, data, tokenizer)
         _check_row_length(packed, data.sequence_length)
         if packed.dataset_id in [other.dataset_id for other, _ in opened]:
-            raise FieldError(f"config.data.sets[{number}].path", f"{entry.path!r} is the same set as an earlier one",
+            raise FieldError(f"config.data.sets[{number}].path", f"{entry.path!r} is there twice",
                              "Name it once, with the sum of the weights.")
         opened.append((packed, entry.weight))
     used = [(packed, weight) for packed, weight in opened
-            if split == "train" or packed.manifest["splits"].get(split, {}).get("records")]
-    if not used:
-        opened[0][0].split(split)  # raises: names the set, the split, and the splits that have records
+            if split == "train" or packed.manifest["splits"].get(split, {}).get("records")] or opened[:1]
     try:
         interleave = Interleave([weight for _, weight in used])
     except ValueError as error:
-        raise FieldError("config.data.sets[].weight", str(error), "Use positive weights, none that small.") from error
-    sets, sources, labels = [], [], []
+        raise FieldError("config.data.sets", str(error), "Use positive weights, none that small.") from error
+    sets: list[MixtureSet] = []
     for packed, _ in used:
         name = _unique_name(packed, [other for other, _ in used])
-        sets.append(MixtureSet(name, packed, packed.split(split), data.sequence_length // packed.record_length,
-                               len(sources)))
-        for source in packed.sources:
-            sources.append(f"{name}/{source}")
-            first_tokens = packed.source_count(split, source, "documents") if data.mask_documents else 0
-            labels.append(packed.source_count(split, source, "tokens") - first_tokens)
-    return Mixture(split, data.sequence_length, data.mask_documents, data.threads, tokenizer, tuple(sets), interleave,
-                   tuple(sources), tuple(labels))
+        first_source = sum(len(member.packed.sources) for member in sets)
+        sets.append(MixtureSet(name, packed, packed.split(split),
+                               data.sequence_length // packed.record_length, first_source))
+    return Mixture(split, data.sequence_length, data.mask_documents, data.threads, tokenizer, tuple(sets),
+                   interleave)
 
 
 def commands(recipe: str, packed: str, tokenizer: str) -> str:
@@ -112,30 +121,37 @@ def commands(recipe: str, packed: str, tokenizer: str) -> str:
     recipe, corpus = recipe or "MIXTURE.yaml", str(Path(packed).parent / "corpus")
     return (f"\n  python -m data_pipeline.corpus --config={recipe} --output={corpus}"
             f"\n  python -m data_pipeline.tokenizer --corpus={corpus} --output={tokenizer}"
-            f"\n  python -m data_pipeline.pack --corpus={corpus} --tokenizer={tokenizer} --output={packed}")
+            f"\n  {_pack_command(packed, tokenizer)}")
+
+
+def _pack_command(packed: str, tokenizer: str) -> str:
+    corpus = Path(packed).parent / "corpus"
+    return f"python -m data_pipeline.pack --corpus={corpus} --tokenizer={tokenizer} --output={packed}"
 
 
 def _open_tokenizer(data: DataConfig, sha256: str | None, vocab_size: int | None) -> Tokenizer:
     if not (Path(data.tokenizer) / MODEL_FILE).is_file():
-        raise DataError(f"config.data.tokenizer: no tokenizer in {data.tokenizer!r}. It and the packed set come from:"
-                        + commands(data.sets[0].recipe, data.sets[0].path, data.tokenizer))
+        first = data.sets[0]
+        raise DataError(f"config.data.tokenizer: no tokenizer in {data.tokenizer!r}. These make it and the "
+                        f"first packed set:{commands(first.recipe, first.path, data.tokenizer)}")
     tokenizer = Tokenizer.load(data.tokenizer)
     if sha256 is not None:
-        tokenizer.require(sha256, "The checkpoint", "Set config.data.tokenizer to the tokenizer/ folder of the run that "
-                          "wrote the checkpoint, and pack with it.")
+        tokenizer.require(sha256, "The checkpoint", "Set config.data.tokenizer to the tokenizer/ folder of "
+                          "the run that wrote the checkpoint, and config.data.sets to sets packed with it.")
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise FieldError("config.model.vocab_size", f"{vocab_size} is less than the {tokenizer.vocab_size} ids of the "
-                         f"tokenizer in {data.tokenizer}", f"Use {tokenizer.vocab_size} or more.")
+        raise FieldError("config.model.vocab_size", f"{vocab_size} is less than the {tokenizer.vocab_size} "
+                         f"ids of the tokenizer in {data.tokenizer}", f"Use {tokenizer.vocab_size} or more.")
     return tokenizer
 
 
 def _open_set(entry: PackedSetConfig, data: DataConfig, tokenizer: Tokenizer) -> PackedSet:
-    make = commands(entry.recipe, entry.path, data.tokenizer)
     if not (Path(entry.path) / MANIFEST_FILE).is_file():
-        raise DataError(f"config.data.sets: no packed set in {entry.path!r}. These commands make it:{make}")
+        raise DataError(f"config.data.sets: no packed set in {entry.path!r}. These commands make it:"
+                        + commands(entry.recipe, entry.path, data.tokenizer))
     packed = PackedSet(entry.path)
-    tokenizer.require(packed.tokenizer["sha256"], f"The packed set {entry.path}", "Set config.data.tokenizer to the one "
-                      "it was packed with, or pack it again:" + make.rsplit("\n", 1)[1].rjust(1))
+    tokenizer.require(packed.tokenizer["sha256"], f"The packed set {entry.path}", "Set config.data.tokenizer "
+                      "to the one it was packed with, or pack it again:\n  "
+                      + _pack_command(entry.path, data.tokenizer))
     return packed
 
 
@@ -144,8 +160,9 @@ def _check_row_length(packed: PackedSet, sequence_length: int) -> None:
     if sequence_length % length:
         below = sequence_length // length * length
         valid = f"{below} or {below + length}" if below else str(length)
-        raise FieldError("config.data.sequence_length", f"{sequence_length} is not a multiple of the {length} tokens of a "
-                         f"record of {packed.directory}", f"Use {valid}, or pack with a record length that divides it.")
+        raise FieldError("config.data.sequence_length", f"{sequence_length} is not a multiple of {length}, the "
+                         f"tokens of a record of {packed.directory}",
+                         f"Use {valid}, or pack with a record length that divides {sequence_length}.")
 
 
 def _unique_name(packed: PackedSet, all_sets: list[PackedSet]) -> str:

@@ -1,16 +1,16 @@
 """A packed set on disk: its manifest, its records by number, and the way back from a token to its document.
 
-Owns the directory's layout (ArrayRecord files, `manifest.json`, `docs.parquet`) and its checks. Knows nothing of
-mixtures, shuffling or hosts. Commands:
+Owns the directory's layout (ArrayRecord files, `manifest.json`, `docs.parquet`) and its checks. Knows nothing
+of mixtures, shuffling or hosts. Commands:
 
     python -m nanollama.data.packed verify DIR
     python -m nanollama.data.packed why DIR --split train --record R
 
-manifest.json: schema_version 1; kind "packed"; dataset_id; tokenizer {sha256, normalized_sha256, vocab_size, bos_id,
-eos_id, pad_id}; record_length; splits {name: {records, tokens, padding, documents, bytes_of_text}}; sources
-[names], a record's source id is the index; source_counts {split: {source: {documents, tokens, bytes,
-characters}}}; files [{path, split, bytes, sha256, records}], docs.parquet among them with split null. What else
-the writer records (seed, packing, corpus, dropped rows, times) is kept and hashed, not read.
+manifest.json: schema_version 1; kind "packed"; dataset_id; tokenizer {sha256, normalized_sha256, vocab_size,
+bos_id, eos_id, pad_id}; record_length; splits {name: {records, tokens, padding, documents, bytes_of_text}};
+sources [names], a record's source id is the index; source_counts {split: {source: {documents, tokens, bytes,
+characters}}}; files [{path, split, bytes, sha256, records}], docs.parquet among them with split null. What
+else the writer records (seed, packing, corpus, dropped rows, times) is hashed, not read.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _MEND = "Make the set again with data_pipeline.pack, or restore it from where it
 
 
 def dataset_id(manifest: dict[str, Any]) -> str:
-    """Identity of a packed set: hash of its manifest without `times` and the corpus's path on this machine."""
+    """Identity of a packed set: hash of its manifest without `times` and the corpus's path on disk."""
     hashed = {name: value for name, value in manifest.items() if name not in ("dataset_id", "times")}
     if isinstance(hashed.get("corpus"), dict):
         hashed["corpus"] = {name: value for name, value in hashed["corpus"].items() if name != "path"}
@@ -68,7 +68,8 @@ class PackedSplit:
         Errors: DataError names set, split and record when one cannot be read.
         """
         if len(indices) and not 0 <= min(indices) <= max(indices) < len(self):
-            raise IndexError(f"{self.directory}, split {self.split}: records 0 to {len(self) - 1}, asked for {indices}")
+            raise IndexError(f"{self.directory}, split {self.split}: {len(self)} records, asked for "
+                             f"{list(indices)}")
         wanted: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
             wanted.setdefault(bisect.bisect_right(self._ends, index), []).append(place)
@@ -97,14 +98,16 @@ class PackedSplit:
                 reader = ArrayRecordReader(str(self.directory / self._files[file]["path"]),
                                            options="readahead_buffer_size:0,max_parallelism:0",
                                            file_reader_buffer_size=8192)
-                if reader.num_records() != self._files[file]["records"]:
-                    raise ValueError(f"{reader.num_records()} records, the manifest says {self._files[file]['records']}.")
+                expected = self._files[file]["records"]
+                if reader.num_records() != expected:
+                    raise ValueError(f"{reader.num_records()} records, the manifest says {expected}.")
                 self._readers[file] = reader
         return reader
 
     def _error(self, file: int, what: str, error: Exception) -> DataError:
-        return DataError(f"{self.directory / self._files[file]['path']}, split {self.split}, {what}: {error} To see what "
-                         f"changed: python -m nanollama.data.packed verify {self.directory}")
+        path = self.directory / self._files[file]["path"]
+        return DataError(f"{path}, split {self.split}, {what}: {error} To see what changed: "
+                         f"python -m nanollama.data.packed verify {self.directory}")
 
 
 class PackedSet:
@@ -126,12 +129,11 @@ class PackedSet:
     def _check_manifest(self, path: Path) -> None:
         manifest = self.manifest
         missing = [name for name in _FIELDS if name not in manifest]
-        if missing or manifest["kind"] != "packed":
-            raise DataError(f"{path}: " + (f"lacks {', '.join(missing)}" if missing else f"kind {manifest['kind']!r} is "
-                                           "not 'packed'") + f". {_MEND}")
-        if manifest["schema_version"] != SCHEMA_VERSION:
-            raise DataError(f"{path}: schema_version {manifest['schema_version']}, this code reads {SCHEMA_VERSION}. "
-                            f"{_MEND}")
+        if missing:
+            raise DataError(f"{path}: lacks {', '.join(missing)}. {_MEND}")
+        for field, expected in (("kind", "packed"), ("schema_version", SCHEMA_VERSION)):
+            if manifest[field] != expected:
+                raise DataError(f"{path}: {field} {manifest[field]!r}, this code reads {expected!r}. {_MEND}")
         if manifest["dataset_id"] != dataset_id(manifest):
             raise DataError(f"{path}: dataset_id is {manifest['dataset_id']}, the manifest hashes to "
                             f"{dataset_id(manifest)}: it was edited after it was written. {_MEND}")
@@ -139,20 +141,20 @@ class PackedSet:
             found = self.directory / file["path"]
             size = found.stat().st_size if found.is_file() else None
             if size != file["bytes"]:
-                raise DataError(f"{found}: " + ("no such file" if size is None else f"{size} bytes, the manifest says "
-                                                f"{file['bytes']}") + f". {_MEND}")
+                problem = "no such file" if size is None else f"{size} bytes"
+                raise DataError(f"{found}: {problem}, the manifest says {file['bytes']} bytes. {_MEND}")
 
     def split(self, name: str) -> PackedSplit:
         """The split `name`. Errors: DataError when the set has none, or it is empty."""
         files = [file for file in self.manifest["files"] if file["split"] == name]
         if not files or not sum(file["records"] for file in files):
             full = [split for split, counts in self.manifest["splits"].items() if counts["records"]]
-            raise DataError(f"{self.directory}: split {name!r} is empty. Splits with records: {', '.join(full) or 'none'}. "
-                            "Pack more text, or with a larger share for this split.")
+            raise DataError(f"{self.directory}: split {name!r} is empty. Splits with records: "
+                            f"{', '.join(full) or 'none'}. Pack more text, or a larger share for this split.")
         return PackedSplit(self.directory, name, files)
 
     def source_count(self, split: str, source: str, what: str) -> int:
-        """`what` ("documents", "tokens", "bytes", "characters") of `source` in `split`; 0 when it is not there."""
+        """`what` ("documents", "tokens", "bytes", "characters") of `source` in `split`, 0 if it has none."""
         return int(self.manifest["source_counts"].get(split, {}).get(source, {}).get(what, 0))
 
 
@@ -165,8 +167,8 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, Any]:
     for file in packed.manifest["files"]:
         found = sha256_file(packed.directory / file["path"])
         if found != file["sha256"]:
-            raise DataError(f"{packed.directory / file['path']}: SHA-256 is {found}, the manifest says {file['sha256']}: "
-                            f"the file changed. {_MEND}")
+            raise DataError(f"{packed.directory / file['path']}: SHA-256 is {found}, the manifest says "
+                            f"{file['sha256']}: the file changed. {_MEND}")
     split_of: dict[int, str] = {}
     for split, counts in packed.manifest["splits"].items():
         if counts["records"]:
@@ -206,7 +208,7 @@ def why(directory: str | os.PathLike[str], split: str, record: int) -> list[dict
     packed = PackedSet(directory)
     records = packed.split(split)
     if not 0 <= record < len(records):
-        raise DataError(f"--record {record}: split {split} of {directory} has records 0 to {len(records) - 1}.")
+        raise DataError(f"--record {record}: split {split} of {directory} has 0 to {len(records) - 1}.")
     decoded = records.record(record)
     rows = pyarrow.parquet.read_table(packed.directory / DOCUMENTS_FILE,
                                       filters=[("doc", "in", decoded.documents.tolist())]).to_pylist()
@@ -219,7 +221,8 @@ def why(directory: str | os.PathLike[str], split: str, record: int) -> list[dict
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanollama.data.packed", description="Check and explain packed sets.")
+    parser = argparse.ArgumentParser(prog="python -m nanollama.data.packed",
+                                     description="Check and explain packed sets.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("verify", help="rehash every file, decode every record").add_argument("directory")
     explain = commands.add_parser("why", help="the source documents of one record")
@@ -231,13 +234,13 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "verify":
             manifest = verify(options.directory)
             for split, counts in manifest["splits"].items():
-                print(f"{split}: {counts['records']:,} records, {counts['tokens']:,} tokens, as the manifest says")
+                print(f"{split}: {counts['records']:,} records of {counts['tokens']:,} tokens, as written")
             print(f"{len(manifest['files'])} files unchanged, dataset_id {manifest['dataset_id']}")
         else:
             for segment in why(options.directory, options.split, options.record):
-                document = segment["document"]
-                print(f"tokens {segment['first_token']}..{segment['first_token'] + segment['tokens_here'] - 1}: "
-                      + ", ".join(f"{name}={value}" for name, value in document.items()))
+                first, count = segment["first_token"], segment["tokens_here"]
+                document = ", ".join(f"{name}={value}" for name, value in segment["document"].items())
+                print(f"tokens {first}..{first + count - 1}: {document}")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,7 +19,8 @@ from nanollama.data.files import DataError, read_json, sha256_file, write_atomic
 MODEL_FILE, MANIFEST_FILE, CARD_FILE = "tokenizer.model", "manifest.json", "TOKENIZER_CARD.md"
 _SPECIALS = ("unk_id", "bos_id", "eos_id", "pad_id")
 _SPACE_MARK = "\u2581"  # SentencePiece writes a space as this; in a text itself it would come back as a space
-_MEND = "Restore the directory from where it was made, or make it again with: python -m data_pipeline.tokenizer"
+_MEND = ("Restore the directory from where it was made, or make it again: "
+         "python -m data_pipeline.tokenizer --help says how.")
 
 
 class Tokenizer:
@@ -37,11 +38,11 @@ class Tokenizer:
         self.eos_id: int = self._processor.eos_id()
         self.pad_id: int = self._processor.pad_id()
         space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
-        self._space_mark = [] if self.unk_id in space_mark else space_mark  # empty: a model without byte pieces
+        self._space_mark = [] if self.unk_id in space_mark else space_mark  # [] without byte pieces
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """The tokenizer in `directory`. Errors: DataError when it is absent, damaged or not the one it was."""
+        """The tokenizer in `directory`. Errors: DataError when it is absent, damaged or changed."""
         directory = Path(directory)
         for name in (MODEL_FILE, MANIFEST_FILE):
             if not (directory / name).is_file():
@@ -51,7 +52,8 @@ class Tokenizer:
         if missing:
             raise DataError(f"{directory / MANIFEST_FILE}: lacks {', '.join(sorted(missing))}. {_MEND}")
         if manifest["kind"] != "sentencepiece":
-            raise DataError(f"{directory / MANIFEST_FILE}: kind {manifest['kind']!r}, known: 'sentencepiece'. {_MEND}")
+            raise DataError(f"{directory / MANIFEST_FILE}: kind {manifest['kind']!r} is not 'sentencepiece'. "
+                            f"{_MEND}")
         found = sha256_file(directory / MODEL_FILE)
         if found != manifest["sha256"]:
             raise DataError(f"{directory / MODEL_FILE}: SHA-256 is {found}, but {MANIFEST_FILE} says "
@@ -69,8 +71,8 @@ class Tokenizer:
         `mend` is a sentence with the command that puts it right. Errors: DataError with both hashes.
         """
         if sha256 != self.sha256:
-            raise DataError(f"{what} was made with tokenizer {sha256}, but the tokenizer in {self.directory} is "
-                            f"{self.sha256}: the same ids mean other text. {mend}")
+            raise DataError(f"{what} was made with tokenizer {sha256}, but the tokenizer in {self.directory} "
+                            f"is {self.sha256}: the same ids mean other text. {mend}")
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special tokens; `decode` gives the text back exactly."""
@@ -101,7 +103,8 @@ class Tokenizer:
         return self._processor.id_to_piece(int(token))
 
 
-def freeze(directory: str | os.PathLike[str], model: bytes, *, algorithm: str, corpus: dict[str, Any]) -> Tokenizer:
+def freeze(directory: str | os.PathLike[str], model: bytes, *, algorithm: str,
+           corpus: dict[str, Any]) -> Tokenizer:
     """Write a trained SentencePiece `model` as a frozen tokenizer directory and load it.
 
     `algorithm` is "bpe" or "unigram", `corpus` says what it was trained on (manifest hash, sizes).
@@ -111,8 +114,8 @@ def freeze(directory: str | os.PathLike[str], model: bytes, *, algorithm: str, c
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     specials = {name: getattr(processor, name)() for name in _SPECIALS}
     if min(specials.values()) < 0:
-        raise DataError(f"tokenizer for {directory}: lacks special tokens, has {specials}. Train it with unk, bos, "
-                        "eos and pad ids of 0 or above.")
+        raise DataError(f"tokenizer for {directory}: lacks special tokens: {specials}. Train it with unk, "
+                        "bos, eos and pad ids of 0 or above.")
     write_atomic(directory / MODEL_FILE, model)
     write_json(directory / MANIFEST_FILE, {
         "kind": "sentencepiece", "algorithm": algorithm, "sha256": hashlib.sha256(model).hexdigest(),
@@ -150,7 +153,7 @@ def normalized_sha256(model: bytes) -> str:
         start = at
         key, at = _varint(model, at)
         if key & 7 != 2:  # every field of ModelProto is a message: wire type 2, length-delimited
-            raise DataError(f"{MODEL_FILE}: byte {start} is no field of a SentencePiece model: damaged. {_MEND}")
+            raise DataError(f"{MODEL_FILE}: byte {start} starts no field of a model: damaged. {_MEND}")
         size, at = _varint(model, at)
         at += size
         if key >> 3 != 2:

@@ -5,8 +5,10 @@ meshes: only jax, numpy and the standard library, so that a kernel can be measur
 """
 
 import functools
+import hashlib
 import logging
 import os
+import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,8 +47,10 @@ def start(*, elastic: bool = False, devices: int | None = None) -> None:
     """
     refuse_version(JAXLIB_VERSION)
     if devices is not None and elastic and devices > ELASTIC_THREADS:
-        raise BackendError(f"{devices} devices with elastic determinism: its thread pool serves up to "
-                           f"{ELASTIC_THREADS}. Use fewer devices, or determinism='same_mesh'.")
+        raise BackendError(
+            f"{devices} devices with elastic determinism: its thread pool serves up to "
+            f"{ELASTIC_THREADS}. Use fewer devices, or determinism='same_mesh'."
+        )
     if _running():
         _check_running(elastic, devices)
     else:
@@ -68,8 +72,11 @@ def refuse_version(version: str) -> None:
 def with_flags(flags: str, version: str) -> str:
     """XLA_FLAGS with our speed flags, save those the user already names or jaxlib `version` may not know."""
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    ours = [flag for flag, (first, end) in CPU_FLAGS.items()
-            if first <= release < end and flag.partition("=")[0] not in flags]
+    ours = [
+        flag
+        for flag, (first, end) in CPU_FLAGS.items()
+        if first <= release < end and flag.partition("=")[0] not in flags
+    ]
     return " ".join([*flags.split(), *ours])
 
 
@@ -90,9 +97,11 @@ def check_arithmetic(program: Callable[[np.ndarray], np.ndarray] = sums_of_squar
     expected, got = (rows**2).sum(axis=1), program(rows)
     wrong = int(np.count_nonzero(got != expected))
     if wrong:
-        raise BackendError(f"jaxlib {JAXLIB_VERSION} on {jax.default_backend()} computes wrong sums: {wrong} "
-                           f"of {len(rows)} differ, the last is {got[-1]:.0f} instead of {expected[-1]:.0f}. "
-                           f"A model trained on it would be worthless. Install another: {INSTALL_FIX}")
+        raise BackendError(
+            f"jaxlib {JAXLIB_VERSION} on {jax.default_backend()} computes wrong sums: {wrong} "
+            f"of {len(rows)} differ, the last is {got[-1]:.0f} instead of {expected[-1]:.0f}. "
+            f"A model trained on it would be worthless. Install another: {INSTALL_FIX}"
+        )
 
 
 def pool_threads() -> int:
@@ -112,25 +121,45 @@ def _running() -> bool:
 
 def _check_running(elastic: bool, devices: int | None) -> None:
     if elastic and pool_threads() != ELASTIC_THREADS:
-        raise BackendError(f"elastic determinism needs a pool of {ELASTIC_THREADS} threads, but JAX already "
-                           f"runs with {pool_threads()}. Call backend.start(elastic=True) before any use of "
-                           f"jax.devices(), or set NPROC={ELASTIC_THREADS} in the environment.")
+        raise BackendError(
+            f"elastic determinism needs a pool of {ELASTIC_THREADS} threads, but JAX already "
+            f"runs with {pool_threads()}. Call backend.start(elastic=True) before any use of "
+            f"jax.devices(), or set NPROC={ELASTIC_THREADS} in the environment."
+        )
     if devices is not None and jax.device_count() != devices:
-        raise BackendError(f"{devices} devices asked for, but JAX already runs with {jax.device_count()}. "
-                           "Call backend.start(devices=...) before any use of jax.devices().")
+        raise BackendError(
+            f"{devices} devices asked for, but JAX already runs with {jax.device_count()}. "
+            "Call backend.start(devices=...) before any use of jax.devices()."
+        )
+
+
+def _processor() -> str:
+    """Short hash of this processor's instructions; different machines may share a home folder."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.machine() + platform.processor()
+    return hashlib.sha256(features.encode()).hexdigest()[:8]
 
 
 def _use_compilation_cache() -> None:
-    """Keep compiled programs between runs, apart for each thread count: JAX's cache key does not hold it, but
-    code compiled for one pool may sum in another order than code compiled for another."""
+    """Keep compiled programs between runs, apart for each processor type and thread count.
+
+    JAX's cache key holds neither, but code for another processor may crash, and code compiled for another
+    pool may sum in another order.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     base = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home / "nanollama" / "jax")
-    directory = base / f"threads-{pool_threads()}"
+    directory = base / f"{_processor()}-threads-{pool_threads()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        logging.getLogger(__name__).warning("no compilation cache, so start-up is slower: %s. Set "
-                                            "JAX_COMPILATION_CACHE_DIR to a writable folder.", error)
+        logging.getLogger(__name__).warning(
+            "no compilation cache, so start-up is slower: %s. Set "
+            "JAX_COMPILATION_CACHE_DIR to a writable folder.",
+            error,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

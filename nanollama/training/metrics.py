@@ -256,7 +256,7 @@ def measured_matmul_flops(dtype: str = "float32", size: int = 1024, seconds: flo
 
 
 def memory_bytes() -> int:
-    """Peak bytes in use: of the fullest local device if the backend tells, else of this process (resident)."""
+    """Peak bytes in use: of the fullest local device if the backend tells, else of this process."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     if any(peaks):
         return int(max(peaks))
