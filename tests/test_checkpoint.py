@@ -20,8 +20,15 @@ from nanollama.data.strict import to_mapping
 from nanollama.training import checkpoint, integrity
 from nanollama.training.checkpoint import CheckpointError, Checkpoints, restore_params, tree_hash
 
-MODEL = ModelConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
-                    head_dim=8)
+MODEL = ModelConfig(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+)
 METADATA = {"config": {"model": to_mapping(MODEL)}, "tokenizer": "abc", "source_tokens": {"a": 7}}
 
 
@@ -36,8 +43,16 @@ def make_state(step: int = 0, sharding: jax.sharding.Sharding | None = None) -> 
     key = jax.random.key(step)
     params = {"matrix": jax.random.normal(key, (16, 32)), "layers": {"norm": jnp.ones((8,)) * step}}
     state = State(jnp.int32(step), params, ((), {"mu": jax.tree.map(lambda x: x * 0.5, params)}))
-    return state if sharding is None else jax.device_put(state, jax.tree.map(
-        lambda x: sharding if x.ndim else NamedSharding(sharding.mesh, PartitionSpec()), state))
+    return (
+        state
+        if sharding is None
+        else jax.device_put(
+            state,
+            jax.tree.map(
+                lambda x: sharding if x.ndim else NamedSharding(sharding.mesh, PartitionSpec()), state
+            ),
+        )
+    )
 
 
 def abstract(state: State) -> State:
@@ -118,7 +133,9 @@ def flip_bit(path: Path) -> None:
 
 def check_every_flip_is_found(folder: Path) -> None:
     names = data_files(folder)
-    assert any(name.startswith("state/d/") or "/d/" in name for name in names) and "metadata/metadata" in names
+    assert (
+        any(name.startswith("state/d/") or "/d/" in name for name in names) and "metadata/metadata" in names
+    )
     for name in names:
         flip_bit(folder / name)
         damage = integrity.find_damage(folder)
@@ -186,7 +203,9 @@ def test_disk_full_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write_hash_list", full)
     checkpoints.save(2, make_state(2), METADATA)
-    with pytest.raises(CheckpointError, match=r"saving step 2 .*No space left on device.* GB free.*step 1 is good"):
+    with pytest.raises(
+        CheckpointError, match=r"saving step 2 .*No space left on device.* GB free.*step 1 is good"
+    ):
         checkpoints.wait()
     monkeypatch.undo()
     assert Checkpoints(tmp_path, CheckpointConfig()).latest() == 1
@@ -197,8 +216,13 @@ def test_disk_full_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     header = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\nfrom test_checkpoint import *\n"
-    return subprocess.run([sys.executable, "-c", header + code, *arguments], capture_output=True, text=True, timeout=120,
-                          check=False)
+    return subprocess.run(
+        [sys.executable, "-c", header + code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_file_system_that_refuses_to_write_stops_with_a_clear_message(tmp_path):
@@ -215,7 +239,9 @@ except CheckpointError as error:
 """
     result = run_python(code, str(tmp_path))
     assert result.returncode == 1, result.stderr
-    assert "stopped: saving step 2 to" in result.stderr and "The checkpoint of step 1 is good" in result.stderr
+    assert (
+        "stopped: saving step 2 to" in result.stderr and "The checkpoint of step 1 is good" in result.stderr
+    )
     assert Checkpoints(tmp_path, CheckpointConfig()).latest() == 1
 
 

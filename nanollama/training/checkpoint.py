@@ -1,8 +1,9 @@
 """Checkpoints: saved in the background, atomic, verified byte by byte, restored onto any mesh.
 
-The only file that imports Orbax. Owns `<directory>/<step>/`: `state` (arrays), `metadata` (JSON: config, lineage)
-and `integrity.json`, which is written before the folder takes its final name: a folder named by a number is
-complete or was damaged later. Checkpoint step n is the state after n steps. Knows nothing of models or the loop.
+The only file that imports Orbax. Owns `<directory>/<step>/`: `state` (arrays), `metadata` (JSON: config,
+lineage) and `integrity.json`, which is written before the folder takes its final name: a folder named by a
+number is complete, or was damaged later. Checkpoint step n is the state after n steps. Knows nothing of models
+or the loop.
 
     python -m nanollama.training.checkpoint hash DIR     what bits the newest good checkpoint holds
     python -m nanollama.training.checkpoint list DIR     every checkpoint, good or damaged
@@ -21,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
 from nanollama.config import CheckpointConfig, ModelConfig
 from nanollama.data.files import DataError
@@ -38,7 +38,7 @@ class CheckpointError(DataError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. One writer at a time (the run folder's lock sees to it), any number of readers."""
+    """The checkpoints of one run: one writer (the run folder's lock sees to it), any number of readers."""
 
     def __init__(self, directory: str | Path, config: CheckpointConfig):
         self.directory = Path(directory).absolute()
@@ -47,17 +47,19 @@ class Checkpoints:
         self._saving: int | None = None
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
-        """Copy `state` to the host and return; write, hash and commit it in the background, then drop old ones.
+        """Copy `state` to the host and return; write, hash and commit in the background, then drop old ones.
 
         The arrays may be donated as soon as this returns. An earlier save still running is waited for.
-        Errors: CheckpointError when this or the save before it failed (disk full, ...); earlier ones stay good.
+        Errors: CheckpointError when this save or the one before failed (disk full); earlier ones stay good.
         """
         self.wait()
         manager = self._manager
         self._set_aside_from(step)
         self._saving = step
         try:
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(dict(metadata)))
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(dict(metadata))
+            )
             with jax.transfer_guard("allow"):  # copies to the host are what a save is
                 manager.save(step, args=items, force=True)
         except OSError as error:
@@ -66,7 +68,7 @@ class Checkpoints:
             self.wait()
 
     def check(self) -> None:
-        """Raise CheckpointError if the save in the background has failed; costs nothing, for every step."""
+        """Raise CheckpointError if the save in the background has failed; cheap enough for every step."""
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -77,7 +79,9 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._verified.add(self._saving)
-        except Exception as error:  # Orbax raises whatever its threads raised: OSError, XlaRuntimeError, ValueError
+        except (
+            Exception
+        ) as error:  # Orbax raises whatever its threads raised: OSError, XlaRuntimeError, ValueError
             raise self._save_error(error) from error
         finally:
             self._saving = None
@@ -107,11 +111,13 @@ class Checkpoints:
             log.warning("skipping damaged checkpoint %s: %s", self._folder(step), damage)
         return None
 
-    def restore(self, step: int, abstract_state: Any, *, model: ModelConfig | None = None) -> tuple[Any, dict[str, Any]]:
+    def restore(
+        self, step: int, abstract_state: Any, *, model: ModelConfig | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """(state, metadata) of checkpoint `step`, on the shardings of `abstract_state` (ShapeDtypeStructs).
 
-        Errors: CheckpointError, before any array is read, when the checkpoint is absent or damaged, when it is of
-        another architecture than `model`, or when any array differs in shape or type: each difference is named.
+        Errors: CheckpointError, before any array is read, when the checkpoint is absent or damaged, when it is
+        of another architecture than `model`, or when arrays differ in shape or type: each difference is named.
         """
         folder = self._folder(step)
         if step not in self._verified and (damage := _absent_or_damaged(folder)):
@@ -120,15 +126,20 @@ class Checkpoints:
         if model is not None:
             _check_model(folder, metadata, model)
         _check_arrays(folder, abstract_state)
-        return _read_arrays(folder, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract_state)), metadata
+        return _read_arrays(
+            folder, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract_state)
+        ), metadata
 
     @cached_property
     def _manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._config.keep, keep_period=self._config.milestone_every or None,
-            cleanup_tmp_directories=True, save_root_metadata=False,
+            max_to_keep=self._config.keep,
+            keep_period=self._config.milestone_every or None,
+            cleanup_tmp_directories=True,
+            save_root_metadata=False,
             # Called between the last byte and the rename: the hashes are part of what is committed atomically.
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_hash_list))
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_hash_list),
+        )
         return ocp.CheckpointManager(self.directory, options=options)
 
     def _write_hash_list(self) -> None:
@@ -136,13 +147,15 @@ class Checkpoints:
             write_hash_list(folder)
 
     def _set_aside_from(self, step: int) -> None:
-        """Rename damaged checkpoints at or after `step`, which this run has been resumed from before, so that they
-        neither stop the save nor count as checkpoints to keep. A good one is never touched."""
+        """Rename damaged checkpoints at or after `step`: the run was resumed from before them, and they must
+        neither stop the save nor count among those to keep. A good one is never touched."""
         newer = [newer for newer in self.steps() if newer >= step]
         for other in newer:
             if other in self._verified or find_damage(self._folder(other)) is None:
-                raise CheckpointError(f"{self._folder(other)} is a good checkpoint, and step {step} is being saved. "
-                                      "Resume from it, or choose another run folder, or move it away.")
+                raise CheckpointError(
+                    f"{self._folder(other)} is a good checkpoint, and step {step} is being saved. "
+                    "Resume from it, or choose another run folder, or move it away."
+                )
             aside = self._folder(other).with_name(f"{other}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             self._folder(other).rename(aside)
@@ -162,8 +175,13 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free / 1e9
         return CheckpointError(
             f"saving step {step} to {self.directory} failed: {str(error).strip().splitlines()[0]} ({free:.2f} GB free "
-            f"there). " + (f"The checkpoint of step {good} is good: make room, and resume from it." if good is not None
-                           else "There is no earlier checkpoint: make room, and start again."))
+            f"there). "
+            + (
+                f"The checkpoint of step {good} is good: make room, and resume from it."
+                if good is not None
+                else "There is no earlier checkpoint: make room, and start again."
+            )
+        )
 
 
 def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -177,11 +195,20 @@ def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -
     saved = _saved_arrays(folder)["params"]
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings or default, saved)
-    abstract = {"params": jax.tree.map(
-        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=sharding),
-        saved, shardings)}
-    arguments = ocp.args.PyTreeRestore(item=abstract, partial_restore=True,
-                                       restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+    abstract = {
+        "params": jax.tree.map(
+            lambda array, sharding: jax.ShapeDtypeStruct(
+                array.shape, dtype or array.dtype, sharding=sharding
+            ),
+            saved,
+            shardings,
+        )
+    }
+    arguments = ocp.args.PyTreeRestore(
+        item=abstract,
+        partial_restore=True,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+    )
     params = _read_arrays(folder, ocp.PyTreeCheckpointHandler(), arguments)["params"]
     return params, _read_metadata(folder)
 
@@ -203,8 +230,10 @@ def find_step_folder(path: str | Path) -> Path:
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     step = Checkpoints(directory, CheckpointConfig()).latest()
     if step is None:
-        raise CheckpointError(f"{path}: no good checkpoint there. Give a run folder, its checkpoints folder, or a "
-                              "folder in it that is named by a step number.")
+        raise CheckpointError(
+            f"{path}: no good checkpoint there. Give a run folder, its checkpoints folder, or a "
+            "folder in it that is named by a step number."
+        )
     return directory / str(step)
 
 
@@ -223,13 +252,13 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
 def _saved_arrays(folder: Path) -> Any:
     """Shapes and types of the saved state, as plain dicts and lists; reads no array."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        return handler.metadata(epath.Path(folder) / "state").tree
+        return handler.metadata(folder / "state").tree
 
 
 def _read_arrays(folder: Path, handler: ocp.CheckpointHandler, arguments: ocp.args.CheckpointArgs) -> Any:
     # The item's handler, not a Checkpointer: that one warns of every other item in the folder.
     with contextlib.closing(handler), jax.transfer_guard("allow"):
-        return handler.restore(epath.Path(folder) / "state", args=arguments)
+        return handler.restore(folder / "state", args=arguments)
 
 
 def _check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig) -> None:
@@ -237,32 +266,51 @@ def _check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig) 
     try:
         saved = to_mapping(from_mapping(ModelConfig, metadata["config"]["model"], "config.model"))
     except (KeyError, TypeError, FieldError) as error:
-        raise CheckpointError(f"{folder}: its metadata names no architecture this version knows ({error}). "
-                              "Use the version that wrote it.") from error
+        raise CheckpointError(
+            f"{folder}: its metadata names no architecture this version knows ({error}). "
+            "Use the version that wrote it."
+        ) from error
     asked = to_mapping(model)
-    different = [f"config.model.{name}: checkpoint {saved[name]!r}, asked {asked[name]!r}"
-                 for name in asked if name != "init_std" and saved[name] != asked[name]]
+    different = [
+        f"config.model.{name}: checkpoint {saved[name]!r}, asked {asked[name]!r}"
+        for name in asked
+        if name != "init_std" and saved[name] != asked[name]
+    ]
     if different:
-        raise CheckpointError(f"{folder} is of another model: {'; '.join(different)}. Use the checkpoint's values, or "
-                              "start this model in another run folder.")
+        raise CheckpointError(
+            f"{folder} is of another model: {'; '.join(different)}. Use the checkpoint's values, or "
+            "start this model in another run folder."
+        )
 
 
 def _check_arrays(folder: Path, abstract_state: Any) -> None:
     saved, asked = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (_saved_arrays(folder), abstract_state))
-    different = [f"{name}: checkpoint {saved.get(name, 'has none')}, asked {asked.get(name, 'for none')}"
-                 for name in sorted(saved.keys() | asked.keys()) if saved.get(name) != asked.get(name)]
+        {
+            jax.tree_util.keystr(
+                path, simple=True, separator="/"
+            ): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (_saved_arrays(folder), abstract_state)
+    )
+    different = [
+        f"{name}: checkpoint {saved.get(name, 'has none')}, asked {asked.get(name, 'for none')}"
+        for name in sorted(saved.keys() | asked.keys())
+        if saved.get(name) != asked.get(name)
+    ]
     if different:
         more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
-        raise CheckpointError(f"{folder} holds other arrays than asked for: {'; '.join(different[:8])}{more}. The model "
-                              "and config.optimizer.name must be those of the checkpoint.")
+        raise CheckpointError(
+            f"{folder} holds other arrays than asked for: {'; '.join(different[:8])}{more}. The model "
+            "and config.optimizer.name must be those of the checkpoint."
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """`hash DIR` and `list DIR`."""
-    parser = argparse.ArgumentParser(prog="nanollama.training.checkpoint", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="nanollama.training.checkpoint", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("command", choices=["hash", "list"])
     parser.add_argument("directory", help="run folder, checkpoints folder, or (hash) one step's folder")
     options = parser.parse_args(arguments)

@@ -22,7 +22,9 @@ _NOT_HASHED = {HASH_LIST, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 def write_hash_list(folder: Path) -> None:
     """List every file of a finished but not yet committed checkpoint, with its size and SHA-256."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     listed = {name: path for name, path in files.items() if path.name not in _NOT_HASHED}
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
         hashes = dict(zip(listed, pool.map(sha256_file, listed.values()), strict=True))
@@ -61,19 +63,24 @@ def tree_hash(tree: Any) -> str:
     The same values give the same hash, however many devices hold them and whichever container types (dataclass,
     named tuple, dict) hold the arrays. Needs every shard on this process.
     """
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-              for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
     digest = hashlib.sha256()
     for path in sorted(leaves):
         array = np.asarray(jax.device_get(leaves[path]))
         digest.update(f"{path}\0{array.dtype.name}\0{array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def state_hashes(state: Any) -> dict[str, Any]:
     """{step, params, optimizer, combined} of a TrainState, or of a dict with its fields."""
     fields = state if isinstance(state, dict) else vars(state)
-    hashes = {"step": int(jax.device_get(fields["step"])), "params": tree_hash(fields["params"]),
-              "optimizer": tree_hash(fields["opt_state"])}
+    hashes = {
+        "step": int(jax.device_get(fields["step"])),
+        "params": tree_hash(fields["params"]),
+        "optimizer": tree_hash(fields["opt_state"]),
+    }
     return {**hashes, "combined": sha256_json(hashes)}
