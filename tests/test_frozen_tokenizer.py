@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import strategies as st
+from packed_sets import make_texts, make_tokenizer
 
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer, copy_tokenizer, freeze, normalized_sha256
-from packed_sets import make_texts, make_tokenizer
 
 HARD_TEXTS = ["", " ", "  a\n\n\t b ", "a\u2581b\u2581", "\u2581", "x\x00y", "<s></s><unk><pad> <0x41>", "\ufeff",
               "h\u00e9llo \u65e5\u672c\u8a9e \U0001f600\u200d\u2028\r\n", "\ufffd", "e\u0301 \u00e9 \ufb01 \uff21"]

@@ -18,7 +18,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from nanollama.config import Config, ModelConfig, OptimizerConfig
+from nanollama.config import Config, OptimizerConfig
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import logical_axes
 

@@ -11,6 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nanollama.config import Config
+from nanollama.data.loader import validation_batches
+from nanollama.data.mixture import open_mixture
 from nanollama.models.decoder import Decoder, Params, head
 from nanollama.ops.losses import token_log_probs
 from nanollama.parallel.mesh import batch_sharding
@@ -19,6 +22,35 @@ CONVENTION = (
     "nll in nats per predicted token; a document is bos + tokens + eos, bos is not predicted, eos is; "
     "perplexity = exp(nll); bits per byte = nll of all tokens / ln 2 / UTF-8 bytes of the text"
 )
+
+
+class Validation:
+    """The validation split of a run's data, scored on demand.
+
+    Errors on construction: those of `open_mixture`, so that a missing split is found before the first step.
+    """
+
+    def __init__(self, config: Config, decoder: Decoder, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        self._mixture = open_mixture(config.data, split="validation", vocab_size=config.model.vocab_size)
+        self._bytes_S = np.asarray([
+            member.packed.source_count("validation", source, "bytes")
+            for member in self._mixture.sets for source in member.packed.sources
+        ])
+        self._token_nll = make_token_nll(decoder, mesh)
+
+    def run(self, params: Params) -> dict[str, Any]:
+        """Figures over the split (or its first `config.evaluation.batches` batches), whole and per source."""
+        mixture, limit = self._mixture, self._config.evaluation.batches
+        sums = np.zeros((2, len(mixture.sources)))
+        for batch in validation_batches(mixture, global_batch=self._config.batch.global_rows, limit=limit):
+            arrays = jax.device_put(batch.arrays, batch_sharding(self._mesh))
+            nll_BT = jax.device_get(self._token_nll(params, arrays))
+            sums += sum_by_source(nll_BT, batch.arrays["weights"], batch.source_ids_BT, len(mixture.sources))
+        bytes_S = self._bytes_S
+        if limit:  # the bytes of a part of the split: as many per label as in all of it
+            bytes_S = bytes_S * sums[1] / np.maximum(mixture.source_labels, 1)
+        return figures_by_source(sums[0], sums[1], bytes_S, mixture.sources)
 
 
 def make_token_nll(decoder: Decoder, mesh: Mesh) -> Callable[[Params, Mapping[str, jax.Array]], jax.Array]:
