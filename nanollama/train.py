@@ -49,6 +49,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
     decoder, optimizer = Decoder(config.model, config.compute), make_optimizer(config)
     validation = Validation(config, decoder, mesh) if config.evaluation.every else None
     steps = elastic if config.determinism == "elastic" else same_mesh
+    train_step = steps.make_train_step(config, decoder, optimizer, mesh, state_shardings(config, optimizer, mesh))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(Lock(workdir))
@@ -64,7 +65,6 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
 
         # 1. The state: from the newest good checkpoint, or born sharded.
         source_tokens = np.zeros(len(loader.sources), np.int64)
-        shardings = state_shardings(config, optimizer, mesh)
         if start:
             abstract = abstract_state(config, optimizer, mesh)
             state, saved = checkpoints.restore(start, abstract, model=config.model)
@@ -72,7 +72,6 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
             source_tokens += [saved["source_tokens"][name] for name in loader.sources]
         else:
             state, _ = init_state(config, optimizer, mesh)
-        train_step = steps.make_train_step(config, decoder, optimizer, mesh, shardings)
 
         # 2. What watches it.
         peak, convention = total_peak(mesh.devices.ravel().tolist(), config.compute.dtype)

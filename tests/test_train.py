@@ -26,14 +26,14 @@ ROOT = Path(__file__).parents[1]
 STEPS = 12
 
 
-def settings(data: Path, **changes: object) -> dict:
+def settings(folder: Path, **changes: object) -> dict:
     """Fields of a run small enough to take seconds, as a config file would return them."""
     fields: dict = {
         "name": "tiny",
         "steps": STEPS,
         "model": dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
                       num_kv_heads=2, head_dim=8, tie_embeddings=True),
-        "data": dict(sets=[dict(path=str(data / "packed"))], tokenizer=str(data / "tokenizer"), sequence_length=64),
+        "data": dict(sets=[dict(path=str(folder / "packed"))], tokenizer=str(folder / "tokenizer"), sequence_length=64),
         "batch": dict(global_rows=8, micro_batches=8),
         "schedule": dict(name="constant", warmup_steps=2),
         "optimizer": dict(learning_rate=3e-3),
@@ -167,7 +167,7 @@ def test_account_of_tokens_is_that_of_the_batches(small: Config, tmp_path: Path)
 
 
 def test_not_finite_stops_before_it_is_saved(data: Path, tmp_path: Path) -> None:
-    wild = resolve(settings(data, optimizer=dict(learning_rate=1e38, clip_norm=0.0), checkpoint=dict(every=1)))
+    wild = resolve(settings(data, optimizer=dict(learning_rate=1e15, clip_norm=0.0), checkpoint=dict(every=1)))
     with pytest.raises(NotFinite, match=r"step \d+ is not finite: .*--resume"):
         front_door.train(wild, tmp_path / "run")
     params, _ = restore_params(tmp_path / "run")
@@ -215,7 +215,7 @@ def test_another_model_or_data_is_refused_on_resume(small: Config, data: Path, t
     ("--config.mesh.data=64", "needs 64 devices"),
     ("--config.mesh.tensor=3", "config.mesh"),
     ("--config.batch.global_rows=9", "config.batch.micro_batches"),
-    ("--config.data.sequence_length=100", "config.data.sequence_length: 100 is not a multiple of the 64 tokens"),
+    ("--config.data.sequence_length=100", "config.data.sequence_length: 100 is not a multiple of 64"),
     ("--config.model.vocab_size=100", "config.model.vocab_size: 100 is less than"),
     ("--config.data.tokenizer=nowhere", "python -m data_pipeline.tokenizer"),
     ("--stpes=3", "--stpes=3: no such argument"),
