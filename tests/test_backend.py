@@ -12,8 +12,6 @@ from jaxlib.version import __version__ as JAXLIB_VERSION
 from nanollama.parallel import backend
 from nanollama.parallel.backend import BackendError, check_arithmetic, refuse_version, with_flags
 
-pytestmark = pytest.mark.core
-
 
 def python(program, **environment):
     """Run `program` in a process of its own, without the settings of this one."""

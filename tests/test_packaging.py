@@ -13,8 +13,6 @@ from packaging.utils import canonicalize_name
 
 from nanollama.parallel.backend import REFUSED_JAXLIB
 
-pytestmark = pytest.mark.core
-
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [Requirement(text) for text in PROJECT["dependencies"]]

@@ -14,8 +14,6 @@ import pytest
 from nanollama.run import NO_GO, duration, main
 from nanollama.stages import Run, load_pipeline
 
-pytestmark = pytest.mark.core
-
 # a -> b -> c: each copies its input and notes in runs.txt that it ran
 COPY = (
     "import sys, pathlib; name, source, target, journal = sys.argv[1:];"
