@@ -88,10 +88,11 @@ def make_packed_set(directory: str | os.PathLike[str], *, tokenizer: Tokenizer, 
         "tokenizer": {name: getattr(tokenizer, name) for name in
                       ("sha256", "normalized_sha256", "vocab_size", "bos_id", "eos_id", "pad_id")},
         "sources": list(sources), "seed": seed, "splits": {}, "source_counts": {}, "files": []}
-    rows = [{"doc": d, "doc_id": f"document-{d}", "source": sources[d % len(sources)],
-             "split": "validation" if every and d % every == every - 1 else "train", "record": 0, "segment": 0,
-             "tokens": len(ids[d]), "bytes": len(texts[d].encode()), "characters": len(texts[d]),
-             "sha256": "0" * 32, "meta": json.dumps({"number": d})} for d in range(len(ids))]
+    split_of = ["validation" if every and d % every == every - 1 else "train" for d in range(len(ids))]
+    rows = [{"doc": d, "doc_id": f"document-{d}", "source": sources[d % len(sources)], "split": split_of[d],
+             "record": 0, "segment": 0, "tokens": len(ids[d]), "bytes": len(texts[d].encode()),
+             "characters": len(texts[d]), "sha256": "0" * 32, "meta": json.dumps({"number": d})}
+            for d in range(len(ids))]
     for split in ("train", "validation"):
         members = [row for row in rows if row["split"] == split]
         pieces = [(row["doc"], ids[row["doc"]], row["doc"] % len(sources)) for row in members]

@@ -15,8 +15,9 @@ from packed_sets import make_texts, make_tokenizer
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer, copy_tokenizer, freeze, normalized_sha256
 
-HARD_TEXTS = ["", " ", "  a\n\n\t b ", "a\u2581b\u2581", "\u2581", "x\x00y", "<s></s><unk><pad> <0x41>", "\ufeff",
-              "h\u00e9llo \u65e5\u672c\u8a9e \U0001f600\u200d\u2028\r\n", "\ufffd", "e\u0301 \u00e9 \ufb01 \uff21"]
+HARD_TEXTS = ["", " ", "  a\n\n\t b ", "a\u2581b\u2581", "\u2581", "x\x00y", "<s></s><unk><pad> <0x41>",
+              "\ufeff", "\ufffd", "h\u00e9llo \u65e5\u672c\u8a9e \U0001f600\u200d\u2028\r\n",
+              "e\u0301 \u00e9 \ufb01 \uff21"]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_a_manifest_that_lies_is_refused(tokenizer: Tokenizer, tmp_path: Path, c
 
 
 def test_a_missing_tokenizer_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file.*data_pipeline.tokenizer"):
+    with pytest.raises(DataError, match=r"no such file.*data_pipeline\.tokenizer"):
         Tokenizer.load(tmp_path)
 
 
@@ -103,7 +104,7 @@ def test_a_copy_is_the_same_and_another_one_is_refused(tokenizer: Tokenizer, tmp
         assert copy_tokenizer(tokenizer.directory, tmp_path / "run" / "tokenizer").sha256 == tokenizer.sha256
     assert (tmp_path / "run" / "tokenizer" / "TOKENIZER_CARD.md").read_text() == "card"
     other = make_tokenizer(tmp_path / "other", vocab_size=320)
-    with pytest.raises(DataError, match=f"{tokenizer.sha256}.*{other.sha256}"):
+    with pytest.raises(DataError, match=rf"{tokenizer.sha256}.*{other.sha256}"):
         copy_tokenizer(other.directory, tmp_path / "run" / "tokenizer")
 
 
@@ -120,7 +121,7 @@ def test_normalized_hash_ignores_how_the_model_was_trained() -> None:
     assert hashlib.sha256(one).digest() != hashlib.sha256(two).digest()
     assert normalized_sha256(one) == normalized_sha256(two)
     assert normalized_sha256(one) != normalized_sha256(other)
-    with pytest.raises(DataError, match="damaged|truncated"):
+    with pytest.raises(DataError, match=r"damaged|truncated"):
         normalized_sha256(b"\xff" + one)
 
 

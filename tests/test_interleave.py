@@ -74,11 +74,12 @@ def test_decimal_weights_are_exact_and_others_are_rounded() -> None:
     assert Interleave([5.0]).shares == (1,)
     rounded = Interleave([2**0.5, 3**0.5, 0.001])
     assert rounded.period == RESOLUTION
+    total = 2**0.5 + 3**0.5 + 0.001
     for share, weight in zip(rounded.shares, [2**0.5, 3**0.5, 0.001], strict=True):
-        assert abs(share / RESOLUTION - weight / (2**0.5 + 3**0.5 + 0.001)) <= 1 / RESOLUTION
+        assert abs(share / RESOLUTION - weight / total) <= 1 / RESOLUTION
 
 
-@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [1.0, -1.0], [float("nan")], [float("inf")], [1.0, 1e-9]])
+@pytest.mark.parametrize("weights", [[], [1, 0], [1, -1], [float("nan")], [float("inf")], [1, 1e-9]])
 def test_weights_that_cannot_be_mixed_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="weights"):
         Interleave(weights)

@@ -160,8 +160,8 @@ def _check_row_length(packed: PackedSet, sequence_length: int) -> None:
     if sequence_length % length:
         below = sequence_length // length * length
         valid = f"{below} or {below + length}" if below else str(length)
-        raise FieldError("config.data.sequence_length", f"{sequence_length} is not a multiple of {length}, the "
-                         f"tokens of a record of {packed.directory}",
+        raise FieldError("config.data.sequence_length", f"{sequence_length} is not a multiple of {length}, "
+                         f"the tokens of a record of {packed.directory}",
                          f"Use {valid}, or pack with a record length that divides {sequence_length}.")
 
 
