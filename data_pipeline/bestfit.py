@@ -5,8 +5,8 @@ Pure: lengths in, a plan out. Knows no tokens and no files.
 A document that fits in a record is never cut. Best-fit-decreasing places these so that little room is left
 (Johnson 1974). A longer document must be cut anyway, so it is laid over consecutive records: its head closes
 the record at hand exactly, its tail opens a later one. Long documents so form one chain without gaps, and the
-emptiest best-fit records are taken into the chain, between a tail and the next head. Where rows are made of several
-records, a document's pieces are adjacent and become one segment again.
+emptiest best-fit records are taken into the chain, between a tail and the next head. Where rows are made of
+several records, a document's pieces are adjacent and become one segment again.
 """
 
 from collections.abc import Sequence
@@ -48,8 +48,8 @@ def plan(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
 def best_fit_decreasing(items: Sequence[tuple[int, int]], capacity: int) -> list[list[int]]:
     """Bins of item numbers: the largest first, each into the fullest bin that still has room for it.
 
-    `items` are (number, length <= capacity). Open bins are found by one bit per room left, so that a lookup is
-    a few machine words.
+    `items` are (number, length <= capacity). Open bins are found by one bit per room left, so that a
+    lookup is a few machine words.
     """
     bins: list[list[int]] = []
     with_room: dict[int, list[int]] = {}
@@ -72,8 +72,8 @@ def best_fit_decreasing(items: Sequence[tuple[int, int]], capacity: int) -> list
     return bins
 
 
-def _chain(longer: Sequence[int], lengths: Sequence[int], capacity: int, bins: list[list[int]], filled: list[int],
-           emptiest: list[int]) -> tuple[list[list[Piece]], set[int]]:
+def _chain(longer: Sequence[int], lengths: Sequence[int], capacity: int, bins: list[list[int]],
+           filled: list[int], emptiest: list[int]) -> tuple[list[list[Piece]], set[int]]:
     """(records of the chain, bins taken into it)."""
     shortest = min_piece(capacity)
     records: list[list[Piece]] = []
@@ -116,7 +116,7 @@ def _absorb(record: list[Piece], used: int, capacity: int, lengths: Sequence[int
 
 
 def _head(length: int, room: int, capacity: int, shortest: int) -> int:
-    """Tokens of a long item to lay into `room`; 0 when the piece, or the tail it leaves, would be too short."""
+    """Tokens of a long item to lay into `room`; 0 when the piece, or the tail it leaves, is too short."""
     tail = (length - room) % capacity
     head = room - (shortest - tail if 0 < tail < shortest else 0)
     return head if head >= shortest else 0

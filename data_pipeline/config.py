@@ -42,7 +42,8 @@ class DatasetConfig:
     """One dataset of the mixture: where its text is, what of it is kept, how much it weighs."""
 
     name: str
-    source: str | tuple[str, ...]  # python-stdlib, package-metadata, path(s) with globs and ${VARIABLES}, or a hub id
+    # python-stdlib, package-metadata, path(s) with globs and ${VARIABLES}, or the id of a hub dataset
+    source: str | tuple[str, ...]
     mix_ratio: float  # share of training; all of a mixture sum to 1
     format: Literal["auto", "jsonl", "text", "parquet", "code", "docstrings", "huggingface"] = "auto"
     text_field: str = "text"
@@ -56,7 +57,7 @@ class DatasetConfig:
     licence: str | None = None  # shown in the data card
     filters: tuple[dict, ...] = ()
     max_bytes: int | None = None  # UTF-8 bytes of text taken at most
-    cap_order: Literal["hash", "head"] = "hash"  # which documents max_bytes takes: an even sample, or the first
+    cap_order: Literal["hash", "head"] = "hash"  # max_bytes takes an even sample, or the first documents
     on_error: Literal["skip", "stop"] = "skip"  # a broken row: count it and go on, or stop
     max_line_bytes: int = 50_000_000  # a longer line or document is broken; never held whole in memory
     max_loss: float = 0.9  # stop when more than this share of the rows is dropped
@@ -95,7 +96,8 @@ def load_mixture(path: str | os.PathLike[str]) -> MixtureConfig:
         _check(mixture)
     except FieldError as error:
         field = error.field.removeprefix(f"{ROOT}.")
-        raise MixtureError(f"{path}:{line_of(error.field, lines)}: {field}: {error.problem}. {error.fix}") from error
+        raise MixtureError(
+            f"{path}:{line_of(error.field, lines)}: {field}: {error.problem}. {error.fix}") from error
     return mixture
 
 
@@ -140,15 +142,16 @@ def _check(mixture: MixtureConfig) -> None:
     for index, dataset in enumerate(mixture.datasets):
         _check_dataset(dataset, f"{where}[{index}]")
         if dataset.name in names:
-            raise FieldError(f"{where}[{index}].name", f"{dataset.name!r} is used twice", "Names must differ: they are "
-                             "part of every document's id.")
+            raise FieldError(f"{where}[{index}].name", f"{dataset.name!r} is used twice",
+                             "Names must differ: they are part of every document's id.")
         names.add(dataset.name)
     total = math.fsum(dataset.mix_ratio for dataset in mixture.datasets)
     if abs(total - 1) > 1e-3:
         raise FieldError(where, f"the mix_ratio of all datasets sum to {total:.6g}, not 1",
                          "Divide each of them by that sum.")
     if not 0 <= mixture.validation.ratio < 1:
-        raise FieldError(f"{ROOT}.validation.ratio", f"{mixture.validation.ratio} is not in [0, 1)", "Try 0.02.")
+        raise FieldError(f"{ROOT}.validation.ratio", f"{mixture.validation.ratio} is not in [0, 1)",
+                         "Try 0.02.")
 
 
 def _check_dataset(dataset: DatasetConfig, where: str) -> None:
@@ -161,7 +164,8 @@ def _check_dataset(dataset: DatasetConfig, where: str) -> None:
               "mix_ratio": dataset.mix_ratio}
     for name, number in limits.items():
         if not (number > 0 and math.isfinite(number)) or getattr(dataset, name) == 0:
-            raise FieldError(f"{where}.{name}", f"{getattr(dataset, name)} is not above 0", "Give a positive number.")
+            raise FieldError(f"{where}.{name}", f"{getattr(dataset, name)} is not above 0",
+                             "Give a positive number.")
     if not 0 < dataset.max_loss <= 1:
         raise FieldError(f"{where}.max_loss", f"{dataset.max_loss} is not in (0, 1]",
                          "0.9 stops when more than 90 % of the rows are dropped, 1.0 never stops.")
@@ -176,10 +180,12 @@ def _check_source(dataset: DatasetConfig, where: str) -> None:
     first, kind = paths_of(dataset)[0], format_of(dataset)
     allowed = {PYTHON_STDLIB: ("code", "docstrings"), PACKAGE_METADATA: ("text",)}.get(first)
     if allowed and (kind not in allowed or len(paths_of(dataset)) > 1):
-        raise FieldError(f"{where}.format", f"source {first} has no format {kind!r}", f"Use {' or '.join(allowed)}.")
+        raise FieldError(f"{where}.format", f"source {first} has no format {kind!r}",
+                         f"Use {' or '.join(allowed)}.")
     if kind == "unknown":
-        raise FieldError(f"{where}.source", f"{first!r} is neither {PYTHON_STDLIB} nor {PACKAGE_METADATA}, and its suffix "
-                         "tells no format", "Add format: jsonl, text, parquet, code, docstrings or huggingface.")
+        raise FieldError(
+            f"{where}.source", f"{first!r} is neither {PYTHON_STDLIB} nor {PACKAGE_METADATA}, and its suffix "
+            "tells no format", "Add format: jsonl, text, parquet, code, docstrings or huggingface.")
     if dataset.separator is not None and (kind != "text" or allowed):
         raise FieldError(f"{where}.separator", f"is for text files, not for {kind}", "Leave it out.")
     if kind != "huggingface":

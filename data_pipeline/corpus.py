@@ -1,7 +1,7 @@
-"""`python -m data_pipeline.corpus --config=MIX.yaml --output=DIR`: from a mixture to one corpus of JSONL shards.
+"""`python -m data_pipeline.corpus --config=MIX.yaml --output=DIR`: a mixture becomes JSONL shards.
 
-Owns the order of the work: check everything, read each dataset once (a finished dataset is not read again after
-a kill), put the result in place with the manifest last. The same inputs give the same bytes.
+Owns the order of the work: check everything, read each dataset once (a finished dataset is not read again
+after a kill), put the result in place with the manifest last. The same inputs give the same bytes.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 from data_pipeline import cards, corpus_format
 from data_pipeline.config import DatasetConfig, MixtureConfig, load_mixture, mixture_mapping
 from data_pipeline.corpus_format import ShardWriter
+from data_pipeline.documents import Bad
 from data_pipeline.progress import Progress
 from data_pipeline.selection import OVER_CAP, Counts, Dropped, Kept, select
 from data_pipeline.sources import Source, open_source
@@ -37,7 +38,10 @@ LISTED_INPUTS = 100  # a manifest names the inputs one by one up to this many
 SHOWN_DROPS = 5  # bad rows printed per dataset; all are in dropped.jsonl
 
 
-def build_corpus(config: str | os.PathLike[str], output: str | os.PathLike[str], *, analyze_only: bool = False,
+def build_corpus(config: str | os.PathLike[str],
+                 output: str | os.PathLike[str],
+                 *,
+                 analyze_only: bool = False,
                  limit_mb: float | None = None) -> dict[str, Any]:
     """Make the corpus of the mixture file `config` in `output`; returns its manifest.
 
@@ -49,12 +53,16 @@ def build_corpus(config: str | os.PathLike[str], output: str | os.PathLike[str],
         mixture = _limited(mixture, limit_mb)
     sources = [open_source(dataset) for dataset in mixture.datasets]
     inputs = [_inputs(source) for source in sources]
-    head: dict[str, Any] = {"schema_version": corpus_format.SCHEMA_VERSION, "kind": "corpus", "fingerprint": "",
-            "mixture": {"file": Path(config).name, "sha256": sha256_json(mixture_mapping(mixture)),
-                        "config": mixture_mapping(mixture)},
-            "code": code_version(), "python": platform.python_version()}
-    head["fingerprint"] = sha256_json({"stage": "corpus", "version": STAGE_VERSION, "mixture": head["mixture"]["sha256"],
-                                       "inputs": [row["sha256"] for row in inputs]})
+    head: dict[str, Any] = {
+        "schema_version": corpus_format.SCHEMA_VERSION, "kind": "corpus", "fingerprint": "", "mixture": {
+            "file": Path(config).name, "sha256": sha256_json(mixture_mapping(mixture)),
+            "config": mixture_mapping(mixture)
+        }, "code": code_version(), "python": platform.python_version()
+    }
+    head["fingerprint"] = sha256_json({
+        "stage": "corpus", "version": STAGE_VERSION, "mixture": head["mixture"]["sha256"],
+        "inputs": [row["sha256"] for row in inputs]
+    })
     if analyze_only:
         return _analyze(mixture, sources, inputs, head)
     output = Path(output)
@@ -108,8 +116,8 @@ def _build_parts(mixture: MixtureConfig, sources: list[Source], work: Path) -> l
     return parts
 
 
-def _build_part(dataset: DatasetConfig, source: Source, seen: set[bytes], work: Path, first: int, marker: Path,
-                progress: Progress) -> dict[str, Any]:
+def _build_part(dataset: DatasetConfig, source: Source, seen: set[bytes], work: Path, first: int,
+                marker: Path, progress: Progress) -> dict[str, Any]:
     writer = ShardWriter(work / corpus_format.SHARDS, first, dataset.name)
     dropped_path = marker.with_suffix(".dropped")
     marker.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +129,13 @@ def _build_part(dataset: DatasetConfig, source: Source, seen: set[bytes], work: 
                 writer.write(item.document)
                 digests += item.digest
             elif item.reason != OVER_CAP:
-                dropped.write(json.dumps({"dataset": dataset.name, "place": item.place.recorded, "reason": item.reason,
-                                          "detail": item.detail, "id": item.id}, ensure_ascii=False) + "\n")
+                dropped.write(
+                    json.dumps(
+                        {
+                            "dataset": dataset.name, "place": item.place.recorded, "reason": item.reason,
+                            "detail": item.detail, "id": item.id
+                        },
+                        ensure_ascii=False) + "\n")
     writer.finish()
     write_atomic(marker.with_suffix(".digests"), bytes(digests))
     part = {**dataclasses.asdict(counts), "shards": [dataclasses.asdict(shard) for shard in writer.shards]}
@@ -130,32 +143,35 @@ def _build_part(dataset: DatasetConfig, source: Source, seen: set[bytes], work: 
     return part
 
 
-def _counted(dataset: DatasetConfig, source: Source, seen: set[bytes], counts: Counts, progress: Progress) -> Any:
+def _counted(dataset: DatasetConfig, source: Source, seen: set[bytes], counts: Counts,
+             progress: Progress) -> Any:
     """The selection's items, counted, checked at the end, with progress and the first bad rows shown."""
     shown = 0
-    for item in select(dataset, source, seen):
+    for item in select(dataset, source, seen, counts):
         counts.add(item)
         if isinstance(item, Dropped) and item.id is None:
             shown += 1
             if shown <= SHOWN_DROPS:
-                print(f"{dataset.name}: skipped {item.place}: {item.reason}{f' ({item.detail})' if item.detail else ''}",
-                      file=sys.stderr)
+                bad = Bad(item.place, item.reason, item.detail)
+                print(f"{dataset.name}: skipped {bad}", file=sys.stderr)
         share = min(1.0, source.bytes_read / source.total_bytes) if source.total_bytes else None
         progress.update(dataset.name, share, f"{counts.kept:,} documents, {cards.size(counts.bytes)}")
         yield item
     if shown > SHOWN_DROPS:
-        print(f"{dataset.name}: {shown:,} bad rows skipped in all, see {corpus_format.DROPPED}", file=sys.stderr)
+        print(f"{dataset.name}: {shown:,} bad rows skipped in all, see {corpus_format.DROPPED}",
+              file=sys.stderr)
     counts.check(dataset)
     progress.update(dataset.name, 1.0, f"{counts.kept:,} documents, {cards.size(counts.bytes)}", force=True)
 
 
-def _put_in_place(output: Path, work: Path, head: dict[str, Any], mixture: MixtureConfig, inputs: list[dict[str, Any]],
-                  parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Move the finished shards into `output`, the manifest last. The earlier corpus stays whole until here."""
+def _put_in_place(output: Path, work: Path, head: dict[str, Any], mixture: MixtureConfig,
+                  inputs: list[dict[str, Any]], parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Move the finished shards into `output`, the manifest last. The earlier corpus is whole until here."""
     manifest = _manifest(head, mixture, inputs, parts)
     if sum(row["kept"] for row in manifest["datasets"]) == 0:
-        raise DataError(f"{output}: the corpus is empty: no document of any dataset was kept.\n"
-                        f"{cards.drops_table(manifest)}\nCheck text_field, format and filters of the mixture.")
+        raise DataError(
+            f"{output}: the corpus is empty: no document of any dataset was kept.\n"
+            f"{cards.drops_table(manifest)}\nCheck text_field, format and filters of the mixture.")
     dropped = b"".join((work / "state" / f"{index:03d}.dropped").read_bytes() for index in range(len(parts)))
     (output / corpus_format.MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(output / corpus_format.SHARDS, ignore_errors=True)
@@ -192,10 +208,13 @@ def _analyze(mixture: MixtureConfig, sources: list[Source], inputs: list[dict[st
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.corpus", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.corpus",
+                                     description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="mixture file (YAML)")
     parser.add_argument("--output", required=True, help="corpus directory to make")
-    parser.add_argument("--analyze-only", action="store_true", help="read and count everything, write nothing")
+    parser.add_argument("--analyze-only",
+                        action="store_true",
+                        help="read and count everything, write nothing")
     parser.add_argument("--limit-mb", type=float, help="only the first megabytes of each dataset")
     arguments = parser.parse_args()
     start = time.monotonic()
@@ -206,7 +225,8 @@ def _main() -> None:
         print("\n" + cards.drops_table(manifest))
     seconds = time.monotonic() - start
     where = "nothing written (--analyze-only)" if arguments.analyze_only else arguments.output
-    print(f"\ncorpus: {where}, {cards.size(sum(row['bytes'] for row in manifest['datasets']))} in {seconds:.1f} s")
+    total = cards.size(sum(row["bytes"] for row in manifest["datasets"]))
+    print(f"\ncorpus: {where}, {total} in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

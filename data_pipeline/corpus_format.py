@@ -82,7 +82,9 @@ def read_manifest(corpus: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     if not isinstance(manifest, dict) or manifest.get("kind") != "corpus":
         raise DataError(f"{path}: not the manifest of a corpus. {make}")
     if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"{path}: schema version {manifest.get('schema_version')}, this code reads {SCHEMA_VERSION}. {make}")
+        raise DataError(
+            f"{path}: schema version {manifest.get('schema_version')}, not {SCHEMA_VERSION}. {make}"
+        )
     return manifest, sha256_file(path)
 
 
@@ -96,13 +98,16 @@ def read_shard(corpus: str | os.PathLike[str], shard: dict[str, Any]) -> Iterato
                 digest.update(line)
                 yield json.loads(line)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: missing, but the corpus manifest lists it. Delete {corpus}/{MANIFEST} and run "
-                        "data_pipeline.corpus again.") from error
+        raise DataError(
+            f"{path}: missing, but the corpus manifest lists it. Delete {corpus}/{MANIFEST} and run "
+            "data_pipeline.corpus again.") from error
     except ValueError as error:
         raise DataError(_changed(path, corpus, f"a line is not JSON: {error}")) from error
     if digest.hexdigest() != shard["sha256"]:
-        raise DataError(_changed(path, corpus, f"SHA-256 is {digest.hexdigest()}, the manifest says {shard['sha256']}"))
+        raise DataError(
+            _changed(path, corpus, f"SHA-256 is {digest.hexdigest()}, the manifest says {shard['sha256']}"))
 
 
 def _changed(path: Path, corpus: str | os.PathLike[str], what: str) -> str:
-    return f"{path}: changed since it was made ({what}). Delete {corpus}/{MANIFEST} and run data_pipeline.corpus again."
+    return (f"{path}: changed since it was made ({what}). Delete {corpus}/{MANIFEST} and run "
+            "data_pipeline.corpus again.")

@@ -18,7 +18,7 @@ class BadText(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row stands: `name` and `spot` are recorded (the same on every machine), `path` is for messages."""
+    """Where a row stands: `name` and `spot` are recorded, the same on any machine; `path` is for messages."""
 
     name: str
     spot: str = ""
@@ -52,6 +52,9 @@ class Bad:
     reason: str
     detail: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
+
 
 def make_document(id: str, value: Any, meta: Mapping[str, Any], place: Place) -> "Document | Bad":
     """A Document of `value`, or a Bad row that says why it is none."""
@@ -78,7 +81,8 @@ def encode_text(value: Any) -> bytes:
         raise BadText("lone surrogate in the text") from error
 
 
-def scalar_meta(row: Mapping[str, Any], wanted: tuple[str, ...] | None, leave_out: set[str]) -> dict[str, Any]:
+def scalar_meta(row: Mapping[str, Any], wanted: tuple[str, ...] | None,
+                leave_out: set[str]) -> dict[str, Any]:
     """The fields of `row` to keep beside the text: `wanted`, or every short scalar field."""
     names = wanted if wanted is not None else [name for name in row if name not in leave_out]
     return {str(name): row[name] for name in names if name in row and _is_short_scalar(row[name])}
@@ -88,7 +92,8 @@ def _is_short_scalar(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, str):
-        return len(value) <= MAX_META_CHARACTERS and not any("\ud800" <= letter <= "\udfff" for letter in value)
+        return len(value) <= MAX_META_CHARACTERS and not any("\ud800" <= letter <= "\udfff"
+                                                             for letter in value)
     return isinstance(value, (bool, int)) and abs(value) < 1 << 63
 
 

@@ -46,15 +46,17 @@ FILTERS: dict[str, type[Filter]] = {"length": LengthFilter, "exact_duplicate": E
 def make_filter(mapping: Any, where: str) -> Filter:
     """The filter that `mapping` describes. Raises FieldError on an unknown type or a wrong parameter."""
     if not isinstance(mapping, Mapping) or "type" not in mapping:
-        raise FieldError(where, f"{mapping!r} has no `type`", f"Write for example {{type: length, min_characters: 50}}; "
-                         f"types: {', '.join(FILTERS)}.")
+        raise FieldError(
+            where, f"{mapping!r} has no `type`", f"Write for example {{type: length, min_characters: 50}}; "
+            f"types: {', '.join(FILTERS)}.")
     name = mapping["type"]
     if name not in FILTERS:
         raise FieldError(f"{where}.type", f"no filter is called {name!r}", nearest(str(name), list(FILTERS)))
     made = from_mapping(FILTERS[name], mapping, where)
     if isinstance(made, LengthFilter):
         if made.min_characters < 0:
-            raise FieldError(f"{where}.min_characters", f"{made.min_characters} is negative", "Give 0 or more.")
+            raise FieldError(f"{where}.min_characters", f"{made.min_characters} is negative",
+                             "Give 0 or more.")
         if made.max_characters is not None and made.max_characters < made.min_characters:
             raise FieldError(f"{where}.max_characters", f"{made.max_characters} is below min_characters "
                              f"{made.min_characters}, so nothing would be kept", "Raise it, or leave it out.")

@@ -1,8 +1,8 @@
-"""`python -m data_pipeline.pack --corpus=DIR --tokenizer=DIR --output=DIR --record-length=512`: tokenize once, pack.
+"""`python -m data_pipeline.pack --corpus=DIR --tokenizer=DIR --output=DIR --record-length=N`: pack a corpus.
 
 Owns the order of the work: tokenize shards (in processes; a finished shard is not done again after a kill),
-split by document, pack, write, read everything back and compare, put in place with the manifest last. The same
-inputs give the same bytes for any number of workers.
+split by document, pack, write, read everything back and compare, put in place with the manifest last. The
+same inputs give the same bytes for any number of workers.
 """
 
 import argparse
@@ -62,11 +62,17 @@ class PackConfig:
         if not 8 <= self.record_length <= LONGEST_RECORD:
             raise DataError(f"--record-length={self.record_length}: give 8 to {LONGEST_RECORD}.")
         if not 0 <= self.validation_fraction < 1:
-            raise DataError(f"--validation-fraction={self.validation_fraction}: give a number in [0, 1), such as 0.02.")
+            raise DataError(
+                f"--validation-fraction={self.validation_fraction}: give a number in [0, 1), such as 0.02.")
 
 
-def build_packed(corpus: str | os.PathLike[str], tokenizer: str | os.PathLike[str], output: str | os.PathLike[str], *,
-                 record_length: int, validation_fraction: float | None = None, seed: int | None = None,
+def build_packed(corpus: str | os.PathLike[str],
+                 tokenizer: str | os.PathLike[str],
+                 output: str | os.PathLike[str],
+                 *,
+                 record_length: int,
+                 validation_fraction: float | None = None,
+                 seed: int | None = None,
                  workers: int = 1) -> dict[str, Any]:
     """Pack `corpus` with `tokenizer` into `output`; returns the set's manifest.
 
@@ -75,7 +81,8 @@ def build_packed(corpus: str | os.PathLike[str], tokenizer: str | os.PathLike[st
     corpus_manifest, corpus_sha256 = read_manifest(corpus)
     frozen = Tokenizer.load(tokenizer)
     validation = corpus_manifest["mixture"]["config"]["validation"]
-    config = PackConfig(record_length, validation["ratio"] if validation_fraction is None else validation_fraction,
+    config = PackConfig(record_length,
+                        validation["ratio"] if validation_fraction is None else validation_fraction,
                         validation["seed"] if seed is None else seed)
     config.check()
     output = Path(output)
@@ -88,26 +95,32 @@ def build_packed(corpus: str | os.PathLike[str], tokenizer: str | os.PathLike[st
             return done
         text_bytes = sum(row["bytes"] for row in corpus_manifest["datasets"])
         item = token_dtype(frozen.vocab_size).itemsize
-        require_space(output, int(0.8 * item * text_bytes), "packing")  # tokens and records, at 2.5 bytes a token or more
+        require_space(output, int(0.8 * item * text_bytes),
+                      "packing")  # tokens and records, at 2.5 bytes a token or more
         work = work_directory(output, fingerprint)
-        head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": "packed", "dataset_id": "", "fingerprint": fingerprint,
-                "code": code_version(), "tokenizer": {name: getattr(frozen, name) for name in (
-                    "sha256", "normalized_sha256", "vocab_size", "bos_id", "eos_id", "pad_id")},
-                "corpus": {"path": os.path.relpath(corpus, output), "manifest_sha256": corpus_sha256}}
+        head: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION, "kind": "packed", "dataset_id": "", "fingerprint": fingerprint,
+            "code": code_version(), "tokenizer": {
+                name: getattr(frozen, name)
+                for name in ("sha256", "normalized_sha256", "vocab_size", "bos_id", "eos_id", "pad_id")
+            }, "corpus": {"path": os.path.relpath(corpus, output), "manifest_sha256": corpus_sha256}
+        }
         manifest = _build(head, corpus, corpus_manifest, frozen, config, work, workers)
         _put_in_place(output, work, manifest)
         return manifest
 
 
-def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest: dict[str, Any], tokenizer: Tokenizer,
-           config: PackConfig, work: Path, workers: int) -> dict[str, Any]:
+def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest: dict[str, Any],
+           tokenizer: Tokenizer, config: PackConfig, work: Path, workers: int) -> dict[str, Any]:
     """Everything up to the manifest, in `work`."""
     sources = [row["name"] for row in corpus_manifest["datasets"]]
     for name in ("tokens", "set"):
         (work / name).mkdir(exist_ok=True)
-    tasks = [ShardTask(os.fspath(corpus), shard, tuple(sources), os.fspath(tokenizer.directory), tokenizer.sha256,
-                       config.validation_fraction, config.seed, str(work / "tokens" / f"{index:05d}"))
-             for index, shard in enumerate(corpus_manifest["shards"])]
+    tasks = [
+        ShardTask(os.fspath(corpus), shard, tuple(sources), os.fspath(tokenizer.directory), tokenizer.sha256,
+                  config.validation_fraction, config.seed, str(work / "tokens" / f"{index:05d}"))
+        for index, shard in enumerate(corpus_manifest["shards"])
+    ]
     with Progress("pack") as progress:
         documents = _tokenize(tasks, workers, progress)
         _check_split_sizes(documents, config)
@@ -125,10 +138,11 @@ def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest
     manifest = {
         **head, "record_length": config.record_length, "splits": splits, "sources": sources,
         "weights": {row["name"]: row["mix_ratio"] for row in corpus_manifest["datasets"]},
-        "source_counts": {split: _source_counts(split, documents, sources) for split in SPLITS}, "files": files,
-        "seed": config.seed, "validation_fraction": config.validation_fraction,
-        "packing": {"method": "best-fit-decreasing, long documents chained", "window_documents": WINDOW_DOCUMENTS},
-        "rows": account, "mixture": corpus_manifest["mixture"]}
+        "source_counts": {split: _source_counts(split, documents, sources) for split in SPLITS},
+        "files": files, "seed": config.seed, "validation_fraction": config.validation_fraction, "packing": {
+            "method": "best-fit-decreasing, long documents chained", "window_documents": WINDOW_DOCUMENTS
+        }, "rows": account, "mixture": corpus_manifest["mixture"]
+    }
     manifest["dataset_id"] = dataset_id(manifest)
     return manifest
 
@@ -138,7 +152,10 @@ def _tokenize(tasks: list[ShardTask], workers: int, progress: Progress) -> Docum
     documents = tokens = 0
     for more_documents, more_tokens in run_tasks(tokenize_shard, tasks, workers):
         documents, tokens = documents + more_documents, tokens + more_tokens
-        progress.update("tokenizing", documents / max(total, 1), f"{tokens / 1e6:.2f} M tokens", force=documents == total)
+        progress.update("tokenizing",
+                        documents / max(total, 1),
+                        f"{tokens / 1e6:.2f} M tokens",
+                        force=documents == total)
     return load_documents(tasks)
 
 
@@ -148,8 +165,9 @@ def _check_split_sizes(documents: Documents, config: PackConfig) -> None:
         raise DataError(f"all {count} documents fall into the validation split. Lower --validation-fraction "
                         f"(it is {config.validation_fraction}), change --seed, or add documents.")
     if config.validation_fraction > 0 and held_out == 0:
-        raise DataError(f"none of {count} documents falls into the validation split. Raise --validation-fraction "
-                        f"(it is {config.validation_fraction}), change --seed, add documents, or set it to 0.")
+        raise DataError(
+            f"none of {count} documents falls into the validation split. Raise --validation-fraction "
+            f"(it is {config.validation_fraction}), change --seed, add documents, or set it to 0.")
 
 
 def _pack_split(split: str, documents: Documents, store: TokenStore, config: PackConfig, directory: Path,
@@ -161,7 +179,10 @@ def _pack_split(split: str, documents: Documents, store: TokenStore, config: Pac
     def report(count: int) -> None:
         nonlocal done
         done += count
-        progress.update(f"packing {split}", done / max(total, 1), f"{done / 1e6:.2f} M tokens", force=done == total)
+        progress.update(f"packing {split}",
+                        done / max(total, 1),
+                        f"{done / 1e6:.2f} M tokens",
+                        force=done == total)
 
     files = write_split(split, documents, store, config.record_length, directory, report)
     records, tokens = check_split(split, files, directory, documents, store, config.record_length)
@@ -172,9 +193,12 @@ def _pack_split(split: str, documents: Documents, store: TokenStore, config: Pac
 def _source_counts(split: str, documents: Documents, sources: list[str]) -> dict[str, dict[str, int]]:
     counts = {}
     for index, source in enumerate(sources):
-        rows = np.flatnonzero((documents.sources == index) & (documents.validation == (split == "validation")))
-        counts[source] = {"documents": len(rows), "tokens": int(documents.tokens[rows].sum()),
-                          "bytes": int(documents.bytes[rows].sum()), "characters": int(documents.characters[rows].sum())}
+        rows = np.flatnonzero((documents.sources == index)
+                              & (documents.validation == (split == "validation")))
+        counts[source] = {
+            "documents": len(rows), "tokens": int(documents.tokens[rows].sum()),
+            "bytes": int(documents.bytes[rows].sum()), "characters": int(documents.characters[rows].sum())
+        }
     return counts
 
 
@@ -191,7 +215,8 @@ def _put_in_place(output: Path, work: Path, manifest: dict[str, Any]) -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.pack", description="Tokenize a corpus and pack it.")
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.pack",
+                                     description="Tokenize a corpus and pack it.")
     parser.add_argument("--corpus", required=True, help="directory made by data_pipeline.corpus")
     parser.add_argument("--tokenizer", required=True, help="directory made by data_pipeline.tokenizer")
     parser.add_argument("--output", required=True, help="packed set to make")
@@ -202,13 +227,18 @@ def _main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
     arguments = parser.parse_args()
     start = time.monotonic()
-    manifest = build_packed(arguments.corpus, arguments.tokenizer, arguments.output, record_length=arguments.record_length,
-                            validation_fraction=arguments.validation_fraction, seed=arguments.seed,
+    manifest = build_packed(arguments.corpus,
+                            arguments.tokenizer,
+                            arguments.output,
+                            record_length=arguments.record_length,
+                            validation_fraction=arguments.validation_fraction,
+                            seed=arguments.seed,
                             workers=arguments.workers)
     print(pack_card.splits_table(manifest))
     disk = sum(row["bytes"] for row in manifest["files"])
-    print(f"\npack: {arguments.output}, {cards.size(disk)} on disk, dataset_id {manifest['dataset_id'][:16]}, "
-          f"{time.monotonic() - start:.1f} s")
+    print(
+        f"\npack: {arguments.output}, {cards.size(disk)} on disk, dataset_id {manifest['dataset_id'][:16]}, "
+        f"{time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

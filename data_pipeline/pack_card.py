@@ -28,17 +28,20 @@ def card(manifest: dict[str, Any]) -> str:
         rows.append([source, f"{train['documents']:,}", f"{train['tokens']:,}", f"{held_out['documents']:,}",
                      f"{held_out['tokens']:,}", f"{characters / max(tokens, 1):.3f}",
                      f"{manifest['weights'][source]:.1%}", f"{tokens / total:.1%}"])
-    sources = cards.table(["source", "train documents", "train tokens", "validation documents", "validation tokens",
-                           "characters/token", "weight", "share"], rows)
+    sources = cards.table([
+        "source", "train documents", "train tokens", "validation documents", "validation tokens",
+        "characters/token", "weight", "share"
+    ], rows)
     return f"""# Packed set: {mixture['phase']}
 
 {mixture['description']}
 
 {splits_table(manifest)}
 
-Records of {manifest['record_length']:,} tokens. A document is `<s>` + its tokens + `</s>`. One that fits in a record is
-never cut; a longer one is laid over consecutive records, so that sequences of several records hold it in one piece.
-Every record was read back and every token compared with its document: none is lost, none is repeated.
+Records of {manifest['record_length']:,} tokens. A document is `<s>` + its tokens + `</s>`. One that fits in a
+record is never cut; a longer one is laid over consecutive records, so that sequences of several records hold
+it in one piece. Every record was read back and every token compared with its document: none is lost, none is
+repeated.
 
 ## Sources
 
@@ -48,8 +51,9 @@ Every record was read back and every token compared with its document: none is l
 
 ## Validation
 
-{manifest['validation_fraction']:.1%} of the documents, chosen by a hash of their text and seed {manifest['seed']}: equal
-texts are in one split, and a text made from another document (docstrings) is where that document is.
+{manifest['validation_fraction']:.1%} of the documents, chosen by a hash of their text and seed
+{manifest['seed']}: equal texts are in one split, and a text made from another document (docstrings) is where that
+document is.
 
 ## Identity
 

@@ -80,7 +80,8 @@ def load_documents(tasks: list[ShardTask]) -> Documents:
     validation = [pyarrow.compute.is_in(column, value_set=values).to_numpy() for column in digests]
     count = sum(len(column) for column in columns["tokens"])
     if count >= 1 << 32:
-        raise DataError(f"{count} documents, a packed set holds at most {(1 << 32) - 1}. Pack the corpus in parts.")
+        raise DataError(
+            f"{count} documents, a packed set holds at most {(1 << 32) - 1}. Pack the corpus in parts.")
     whole = {name: np.concatenate(columns[name]) for name in names}
     return Documents(
         tokens=whole["tokens"], sources=whole["source"], validation=np.concatenate(validation).astype(bool),
@@ -103,7 +104,7 @@ def windows(lengths: np.ndarray, record_length: int) -> Iterator[tuple[int, int]
 
 def write_split(split: str, documents: Documents, store: TokenStore, record_length: int, directory: Path,
                 report: Any) -> list[dict[str, Any]]:
-    """Write the records of one split; returns the manifest's rows of its files. Fills documents.record, .segment."""
+    """Write the records of one split, fill documents.record and .segment; returns its files' rows."""
     chosen = np.flatnonzero(documents.validation == (split == "validation"))
     writer = _RecordWriter(directory, split, max(1, FILE_BYTES // (4 * record_length)))
     for start, stop in windows(documents.tokens[chosen], record_length):
@@ -122,7 +123,8 @@ def _record(pieces: list[Piece], members: np.ndarray, documents: Documents, stor
     rows = [int(members[piece.item]) for piece in pieces]
     parts = [store.get(row)[piece.start:piece.stop] for row, piece in zip(rows, pieces, strict=True)]
     starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
-    return Record(np.concatenate(parts), starts.astype(np.uint32), np.array(rows, np.uint32), documents.sources[rows])
+    return Record(np.concatenate(parts), starts.astype(np.uint32), np.array(rows, np.uint32),
+                  documents.sources[rows])
 
 
 class _RecordWriter:
@@ -147,13 +149,15 @@ class _RecordWriter:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-            self._files.append({"path": self._path.name, "split": self.split, "bytes": self._path.stat().st_size,
-                                "sha256": sha256_file(self._path), "records": self.records - self._first})
+            self._files.append({
+                "path": self._path.name, "split": self.split, "bytes": self._path.stat().st_size,
+                "sha256": sha256_file(self._path), "records": self.records - self._first
+            })
         return self._files
 
 
-def check_split(split: str, files: list[dict[str, Any]], directory: Path, documents: Documents, store: TokenStore,
-                record_length: int) -> tuple[int, int]:
+def check_split(split: str, files: list[dict[str, Any]], directory: Path, documents: Documents,
+                store: TokenStore, record_length: int) -> tuple[int, int]:
     """Read the written records back and compare every token with its document; returns (records, tokens).
 
     Errors: DataError when a token is lost, repeated, changed, or in the wrong split.
@@ -163,21 +167,27 @@ def check_split(split: str, files: list[dict[str, Any]], directory: Path, docume
     for data in _read_back([directory / file["path"] for file in files]):
         record = decode_record(data)
         stops = np.append(record.starts[1:], len(record.tokens))
-        for start, stop, row in zip(record.starts.tolist(), stops.tolist(), record.documents.tolist(), strict=True):
+        for start, stop, row in zip(record.starts.tolist(),
+                                    stops.tolist(),
+                                    record.documents.tolist(),
+                                    strict=True):
             expected = store.get(row)[reached[row]:reached[row] + stop - start]
             if not np.array_equal(expected, record.tokens[start:stop]):
-                raise DataError(f"{split} record {records}: tokens {start}..{stop} are not what document {row} goes on with. "
-                                "This is a bug; please report it.")
+                raise DataError(
+                    f"{split} record {records}: tokens {start}..{stop} are not the next of document {row}. "
+                    "This is a bug; please report it.")
             reached[row] += stop - start
         if len(record.tokens) > record_length:
-            raise DataError(f"{split} record {records}: {len(record.tokens)} tokens, record length {record_length}.")
+            raise DataError(
+                f"{split} record {records}: {len(record.tokens)} tokens, record length {record_length}.")
         records += 1
         tokens += len(record.tokens)
     wanted = np.where(documents.validation == (split == "validation"), documents.tokens, 0)
     if not np.array_equal(reached, wanted):
         row = int(np.flatnonzero(reached != wanted)[0])
-        raise DataError(f"{split}: {int(wanted.sum()):,} tokens in, {tokens:,} in records; first document that differs: "
-                        f"{row} ({wanted[row]} tokens, {reached[row]} found). This is a bug; please report it.")
+        raise DataError(
+            f"{split}: {int(wanted.sum()):,} tokens in, {tokens:,} in records; first document that differs: "
+            f"{row} ({wanted[row]} tokens, {reached[row]} found). This is a bug; please report it.")
     return records, tokens
 
 
@@ -192,7 +202,8 @@ def _read_back(paths: list[Path]) -> Iterator[bytes]:
             reader.close()
 
 
-def write_documents(tasks: list[ShardTask], documents: Documents, sources: list[str], directory: Path) -> dict[str, Any]:
+def write_documents(tasks: list[ShardTask], documents: Documents, sources: list[str],
+                    directory: Path) -> dict[str, Any]:
     """docs.parquet: one row a document, from token back to source. Returns its row for the manifest."""
     path = directory / DOCUMENTS_FILE
     writer: pyarrow.parquet.ParquetWriter | None = None
@@ -202,12 +213,15 @@ def write_documents(tasks: list[ShardTask], documents: Documents, sources: list[
             start, stop = (int(edge) for edge in documents.first[shard:shard + 2])
             split = np.where(documents.validation[start:stop], "validation", "train")
             rows = pyarrow.table({
-                "doc": pyarrow.array(np.arange(start, stop, dtype=np.uint32)), "doc_id": table.column("doc_id"),
+                "doc": pyarrow.array(np.arange(start, stop, dtype=np.uint32)),
+                "doc_id": table.column("doc_id"),
                 "source": pyarrow.array(sources).take(table.column("source").combine_chunks()),
                 "split": pyarrow.array(split.tolist(), pyarrow.string()),
-                "record": pyarrow.array(documents.record[start:stop]), "segment": pyarrow.array(documents.segment[start:stop]),
-                "tokens": table.column("tokens"), "bytes": table.column("bytes"), "characters": table.column("characters"),
-                "sha256": table.column("sha256"), "meta": table.column("meta")})
+                "record": pyarrow.array(documents.record[start:stop]),
+                "segment": pyarrow.array(documents.segment[start:stop]), "tokens": table.column("tokens"),
+                "bytes": table.column("bytes"), "characters": table.column("characters"),
+                "sha256": table.column("sha256"), "meta": table.column("meta")
+            })
             if writer is None:
                 writer = pyarrow.parquet.ParquetWriter(path, rows.schema, compression="zstd")
             writer.write_table(rows)

@@ -63,7 +63,8 @@ def tokenize_shard(task: ShardTask) -> tuple[int, int]:
         return len(numbers), int(numbers.sum())
     tokenizer = _load(task)
     dtype = token_dtype(tokenizer.vocab_size)
-    temporary = task.tokens_path.with_suffix(f".{os.getpid()}.tmp")  # an orphan of a killed run may still write its own
+    temporary = task.tokens_path.with_suffix(
+        f".{os.getpid()}.tmp")  # an orphan of a killed run may still write its own
     rows: list[dict[str, Any]] = []
     with open(temporary, "wb") as file:
         batch: list[dict[str, Any]] = []
@@ -78,8 +79,9 @@ def tokenize_shard(task: ShardTask) -> tuple[int, int]:
         file.flush()
         os.fsync(file.fileno())
     if len(rows) != task.shard["documents"]:
-        raise DataError(f"{task.shard['path']}: {len(rows)} documents, the corpus manifest says "
-                        f"{task.shard['documents']}. Delete the corpus manifest and run data_pipeline.corpus again.")
+        raise DataError(
+            f"{task.shard['path']}: {len(rows)} documents, the corpus manifest says "
+            f"{task.shard['documents']}. Delete the corpus manifest and run data_pipeline.corpus again.")
     os.replace(temporary, task.tokens_path)
     table = pyarrow.Table.from_pylist(rows, TABLE)
     pyarrow.parquet.write_table(table, temporary, compression="zstd")
@@ -106,7 +108,8 @@ def _load(task: ShardTask) -> Tokenizer:
     if task.tokenizer not in _tokenizers:
         _tokenizers[task.tokenizer] = Tokenizer.load(task.tokenizer)
     tokenizer = _tokenizers[task.tokenizer]
-    tokenizer.require(task.tokenizer_sha256, "this packing run", "It changed while packing; run the command again.")
+    tokenizer.require(task.tokenizer_sha256, "this packing run",
+                      "It changed while packing; run the command again.")
     return tokenizer
 
 

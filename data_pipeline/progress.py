@@ -32,7 +32,8 @@ class Progress:
             self._next, self._interval = time.monotonic(), BAR_SECONDS
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -45,7 +46,10 @@ class Progress:
         if self._bar is not None:
             if label not in self._tasks:
                 self._tasks[label] = self._bar.add_task(label, total=1.0, note="")
-            self._bar.update(self._tasks[label], completed=share or 0.0, total=None if share is None else 1.0, note=note)
+            self._bar.update(self._tasks[label],
+                             completed=share or 0.0,
+                             total=None if share is None else 1.0,
+                             note=note)
         else:
             percent = "" if share is None else f" {share:4.0%}"
             print(f"{self.title}: {label}{percent} {note}".rstrip(), file=self.stream, flush=True)
@@ -56,5 +60,9 @@ def _rich_bar() -> Any:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    return Bar(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"),
-               TimeElapsedColumn(), console=Console(stderr=True))
+    return Bar(TextColumn("{task.description}"),
+               BarColumn(),
+               TaskProgressColumn(),
+               TextColumn("{task.fields[note]}"),
+               TimeElapsedColumn(),
+               console=Console(stderr=True))

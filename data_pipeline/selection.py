@@ -46,8 +46,7 @@ class Counts:
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add(self, item: Kept | Dropped) -> None:
-        """Count one row."""
-        self.rows_in += 1
+        """Count what became of one row. (`rows_in` is counted apart, where the source gives it.)"""
         if isinstance(item, Kept):
             self.kept += 1
             self.bytes += len(item.document.encoded)
@@ -63,34 +62,35 @@ class Counts:
     def check(self, dataset: DatasetConfig) -> None:
         """Raises DataError when rows are unaccounted for, or more are lost than the dataset allows."""
         if self.rows_in != self.kept + sum(self.dropped.values()):
-            raise DataError(f"dataset {dataset.name}: {self.rows_in} rows in, {self.kept} kept, "
-                            f"{sum(self.dropped.values())} dropped: rows are lost. This is a bug; please report it.")
+            raise DataError(
+                f"dataset {dataset.name}: {self.rows_in} rows in, {self.kept} kept, "
+                f"{sum(self.dropped.values())} dropped: rows are lost. This is a bug; please report it.")
         if self.rows_in == 0:
-            raise DataError(f"dataset {dataset.name}: its source has no rows. Give a source with text, or remove the "
-                            "dataset from the mixture.")
+            raise DataError(
+                f"dataset {dataset.name}: its source has no rows. Give a source with text, or remove the "
+                "dataset from the mixture.")
         if self.lost > dataset.max_loss * self.rows_in:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in _by_count(self.dropped))
             raise DataError(
                 f"dataset {dataset.name}: {self.lost:,} of {self.rows_in:,} rows are dropped "
-                f"({self.lost / self.rows_in:.1%}, allowed {dataset.max_loss:.0%}): {reasons}. Check text_field, format and "
-                "filters; if it is meant, set max_loss: 1.0 for this dataset.")
+                f"({self.lost / self.rows_in:.1%}, allowed {dataset.max_loss:.0%}): {reasons}. "
+                "Check text_field, format and filters; if it is meant, set max_loss: 1.0 for this dataset.")
 
 
-def select(dataset: DatasetConfig, source: Source, seen: set[bytes]) -> Iterator[Kept | Dropped]:
-    """One item per row of `source`, in its order.
+def select(dataset: DatasetConfig, source: Source, seen: set[bytes], counts: Counts) -> Iterator[Kept | Dropped]:
+    """One item per row of `source`, in its order; `counts.rows_in` is added to for each row the source gives.
 
     `seen` holds the digests of all kept texts and is added to (16 bytes a document plus the set's overhead,
     about 100 bytes in all; corpora of over 100 million documents need the partitioned form). Duplicates are
-    judged against it only where the dataset asks for it. Errors: DataError on a broken row with on_error: stop.
+    judged against it only where the dataset asks for it. Errors: DataError on a broken row with `stop`.
     """
     filters, unique = dataset.built_filters, removes_duplicates(dataset)
     limit = _hash_limit(dataset, source, seen) if dataset.max_bytes and dataset.cap_order == "hash" else None
     taken = 0
-    for document, bad in _judge_input(dataset, source):
+    for document, bad in _judge_input(dataset, source, counts):
         if bad is not None:
             if dataset.on_error == "stop":
-                raise DataError(f"{bad.place}: {bad.reason}{f' ({bad.detail})' if bad.detail else ''}. Mend the row, or set "
-                                f"on_error: skip for dataset {dataset.name}.")
+                raise DataError(f"{bad}. Mend the row, or set on_error: skip for dataset {dataset.name}.")
             yield Dropped(bad.place, bad.reason, bad.detail)
             continue
         assert document is not None
@@ -112,10 +112,11 @@ def select(dataset: DatasetConfig, source: Source, seen: set[bytes]) -> Iterator
         yield Kept(document, digest)
 
 
-def _judge_input(dataset: DatasetConfig, source: Source) -> Iterator[tuple[Document | None, Bad | None]]:
+def _judge_input(dataset: DatasetConfig, source: Source, counts: Counts) -> Iterator[tuple[Document | None, Bad | None]]:
     """The source's rows, an id that comes a second time turned into a bad row."""
     ids: set[bytes] = set()  # only ids from a field can repeat; the others are positions
     for item in source.read():
+        counts.rows_in += 1
         if isinstance(item, Bad):
             yield None, item
             continue
@@ -139,11 +140,12 @@ def _hash_limit(dataset: DatasetConfig, source: Source, seen: set[bytes]) -> flo
     fresh: set[bytes] = set()
     largest_first: list[tuple[float, int]] = []
     total, limit = 0, float("inf")
-    for document, _ in _judge_input(dataset, source):
+    for document, _ in _judge_input(dataset, source, Counts()):
         if document is None or len(document.encoded) > dataset.max_bytes:
             continue
         digest = text_digest(document.encoded)
-        if any(item.reason(document.text) for item in filters) or (unique and (digest in seen or digest in fresh)):
+        if any(item.reason(document.text)
+               for item in filters) or (unique and (digest in seen or digest in fresh)):
             continue
         if unique:
             fresh.add(digest)

@@ -18,16 +18,18 @@ from nanollama.data.files import DataError, read_json, sha256_file
 
 WORK = ".work"  # unfinished output, inside the output directory so that a rename moves it into place
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded")  # ArrayRecord raises RuntimeError
+_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded"
+               )  # ArrayRecord raises RuntimeError
 
 
 def code_version() -> str:
-    """The package's version, for manifests. (What an output is worth is decided by each stage's own number.)"""
+    """The package's version, for manifests; staleness is decided by each stage's own number."""
     return f"nanollama {nanollama.__version__}"
 
 
-def finished(output: Path, manifest_name: str, fingerprint: str, files: Callable[[dict], list[dict]]) -> dict | None:
-    """The manifest in `output` when it was made from `fingerprint` and every file is still what it says, else None.
+def finished(output: Path, manifest_name: str, fingerprint: str, files: Callable[[dict],
+                                                                                 list[dict]]) -> dict | None:
+    """The manifest in `output` if it was made from `fingerprint` and every file is what it says, else None.
 
     `files` picks from the manifest the rows {path, sha256} to check.
     """
@@ -59,8 +61,9 @@ def require_space(directory: Path, needed: int, what: str) -> None:
     """Raises DataError when `directory`'s disk has less than `needed` bytes free."""
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise DataError(f"{directory}: {what} needs about {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free. "
-                        "Free some space, or choose another --output.")
+        raise DataError(
+            f"{directory}: {what} needs about {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free. "
+            "Free some space, or choose another --output.")
 
 
 @contextlib.contextmanager
@@ -74,8 +77,9 @@ def disk_full_explained(output: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in _FULL
         if not full and not any(text in str(error) for text in _FULL_TEXTS):
             raise
-        raise DataError(f"{output}: the disk is full ({error}). Output finished earlier is untouched. Free some space and "
-                        "run the same command again: it goes on from the last finished part.") from error
+        raise DataError(
+            f"{output}: the disk is full ({error}). Output finished earlier is untouched. Free some space "
+            "and run the same command again: it goes on from the last finished part.") from error
 
 
 def command(main: Callable[[], Any]) -> None:

@@ -1,15 +1,15 @@
-"""`python -m data_pipeline.tokenizer --corpus=DIR --output=DIR --vocab-size=8192`: train a tokenizer once, freeze it.
+"""`python -m data_pipeline.tokenizer --corpus=DIR --output=DIR --vocab-size=8192`: train and freeze it.
 
-Owns the sampling rule, the SentencePiece settings, and the refusal to replace a frozen tokenizer. Knows nothing
-of packing. Measuring is in `tokenizer_report`, the frozen format in `nanollama.data.tokenizer`.
+Owns the sampling rule, the SentencePiece settings, and the refusal to replace a frozen tokenizer. Knows
+nothing of packing. Measuring is in `tokenizer_report`, the frozen format in `nanollama.data.tokenizer`.
 
 Why these settings (measured on the quickstart corpus, vocabulary 8,192):
-- Newlines stay in the training text as ordinary characters, so pieces such as ":\\n" and ")\\n\\n" exist: 3.39
-  characters per token of Python code, against 3.19 with line-split input (newline as a byte) or with newline as a
-  user-defined symbol.
+- Newlines stay in the training text as ordinary characters, so pieces such as ":\\n" and ")\\n\\n" exist:
+  3.39 characters per token of Python code, against 3.19 with line-split input (newline as a byte) or with
+  newline as a user-defined symbol.
 - Pieces of spaces only are allowed, up to 16: indentation is one token. Without them 2.23.
-- Pieces do not cross Unicode scripts. Allowing it gives 3.69 on code and 1.8 % less on text of another kind: the
-  vocabulary fills with pieces like "(self".
+- Pieces do not cross Unicode scripts. Allowing it gives 3.69 on code and 1.8 % less on text of another kind:
+  the vocabulary fills with pieces like "(self".
 - Identity normalization, byte fallback, no dummy prefix, spaces kept: decode(encode(text)) == text.
 """
 
@@ -38,7 +38,7 @@ from nanollama.data.tokenizer import CARD_FILE, MANIFEST_FILE, MODEL_FILE, Token
 STAGE_VERSION = 1  # raise it when the same inputs would give another tokenizer
 CHUNK_BYTES = 4_000  # SentencePiece skips longer "sentences"; documents are cut at line ends
 THREADS = 4  # fixed: the unigram trainer sums in an order that depends on it, and the file records it
-COVERAGE = 0.9999  # characters rarer than this are spelled in bytes; all of them would cost 200 of 8,192 pieces
+COVERAGE = 0.9999  # rarer characters are spelled in bytes; all of them would cost 200 of 8,192 pieces
 PAD_PIECE = "<|pad|>"
 
 
@@ -56,23 +56,29 @@ class TokenizerConfig:
         if self.algorithm not in ("bpe", "unigram"):
             raise DataError(f"--algorithm={self.algorithm}: known are bpe and unigram.")
         if self.vocab_size < 300:
-            raise DataError(f"--vocab-size={self.vocab_size}: 260 pieces are bytes and special tokens alone; give 300 or "
-                            "more.")
+            raise DataError(
+                f"--vocab-size={self.vocab_size}: 260 pieces are bytes and special tokens alone; give 300 or "
+                "more.")
         if self.sample_mb <= 0:
             raise DataError(f"--sample-mb={self.sample_mb}: give a number above 0.")
 
 
-def build_tokenizer(corpus: str | os.PathLike[str], output: str | os.PathLike[str], config: TokenizerConfig, *,
+def build_tokenizer(corpus: str | os.PathLike[str],
+                    output: str | os.PathLike[str],
+                    config: TokenizerConfig,
+                    *,
                     replace: bool = False) -> Tokenizer:
-    """Train on `corpus` and freeze the result in `output`; a tokenizer made from the same inputs is returned as it is.
+    """Train on `corpus` and freeze the result in `output`; what the same inputs made is returned as is.
 
     Errors: DataError, also when `output` holds another tokenizer and not `replace`.
     """
     config.check()
     output = Path(output)
     manifest, corpus_sha256 = read_manifest(corpus)
-    fingerprint = sha256_json({"stage": "tokenizer", "version": STAGE_VERSION, "corpus": corpus_sha256,
-                               "config": dataclasses.asdict(config), "sentencepiece": sentencepiece.__version__})
+    fingerprint = sha256_json({
+        "stage": "tokenizer", "version": STAGE_VERSION, "corpus": corpus_sha256,
+        "config": dataclasses.asdict(config), "sentencepiece": sentencepiece.__version__
+    })
     with Lock(output), disk_full_explained(output):
         existing = _existing(output, fingerprint, replace)
         if existing is not None:
@@ -82,9 +88,14 @@ def build_tokenizer(corpus: str | os.PathLike[str], output: str | os.PathLike[st
         with Progress("tokenizer") as progress:
             progress.update("sampling and training", None, force=True)
             model, sample = _train(corpus, manifest, config, progress)
-            made = freeze(work, model, algorithm=config.algorithm, corpus={
-                "manifest_sha256": corpus_sha256, "mixture": manifest["mixture"]["file"], "fingerprint": fingerprint,
-                "config": dataclasses.asdict(config), "sentencepiece": sentencepiece.__version__, "sample": sample})
+            made = freeze(work,
+                          model,
+                          algorithm=config.algorithm,
+                          corpus={
+                              "manifest_sha256": corpus_sha256, "mixture": manifest["mixture"]["file"],
+                              "fingerprint": fingerprint, "config": dataclasses.asdict(config),
+                              "sentencepiece": sentencepiece.__version__, "sample": sample
+                          })
             report = tokenizer_report.measure(made, corpus, manifest, progress)
         write_atomic(work / CARD_FILE, tokenizer_report.card(made, report))
         _put_in_place(output, made, replace)
@@ -102,17 +113,19 @@ def _existing(output: Path, fingerprint: str, replace: bool) -> Tokenizer | None
         return Tokenizer.load(output)
     if replace or found.get("corpus", {}).get("fingerprint") == fingerprint:
         return None
-    raise DataError(f"{output}: holds a frozen tokenizer ({str(found.get('sha256'))[:16]}) made from another corpus or with "
-                    "other settings. Everything packed or trained with it would stop fitting. Choose another --output, or "
-                    "add --replace if nothing depends on it any more.")
+    raise DataError(
+        f"{output}: holds a frozen tokenizer ({str(found.get('sha256'))[:16]}) made from another corpus or "
+        "with other settings. Everything packed or trained with it would stop fitting. Choose another "
+        "--output, or add --replace if nothing depends on it any more.")
 
 
 def _put_in_place(output: Path, made: Tokenizer, replace: bool) -> None:
     """Copy the files into `output`, the manifest last; another model there needs `replace`."""
     model = output / MODEL_FILE
     if model.exists() and model.read_bytes() != (made.directory / MODEL_FILE).read_bytes() and not replace:
-        raise DataError(f"{model}: another tokenizer is there, without its manifest. Choose another --output, or add "
-                        "--replace if nothing depends on it.")
+        raise DataError(
+            f"{model}: another tokenizer is there, without its manifest. Choose another --output, or add "
+            "--replace if nothing depends on it.")
     (output / MANIFEST_FILE).unlink(missing_ok=True)
     copy_tokenizer(made.directory, output)
 
@@ -121,8 +134,10 @@ def _train(corpus: str | os.PathLike[str], manifest: dict[str, Any], config: Tok
            progress: Progress) -> tuple[bytes, dict[str, Any]]:
     """(model bytes, account of the sample)."""
     rates = sample_rates(manifest, int(config.sample_mb * 1e6))
-    sample: dict[str, Any] = {"rule": f"documents whose hash of text and seed {config.seed} falls under their source's rate",
-                              "rates": rates, "documents": 0, "bytes": 0}
+    sample: dict[str, Any] = {
+        "rule": f"documents whose hash of text and seed {config.seed} falls under their source's rate",
+        "rates": rates, "documents": 0, "bytes": 0
+    }
     failed: list[Exception] = []
 
     def sentences() -> Iterator[str]:
@@ -137,7 +152,9 @@ def _train(corpus: str | os.PathLike[str], manifest: dict[str, Any], config: Tok
 
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences(), model_writer=model, **_settings(config))
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences(),
+                                                 model_writer=model,
+                                                 **_settings(config))
     except RuntimeError as error:
         if not failed:
             raise _explained(error, config, sample) from error
@@ -151,9 +168,10 @@ def _settings(config: TokenizerConfig) -> dict[str, Any]:
         "model_type": config.algorithm, "vocab_size": config.vocab_size, "hard_vocab_limit": True,
         "normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False,
         "byte_fallback": True, "character_coverage": COVERAGE, "split_digits": True,
-        "allow_whitespace_only_pieces": True, "max_sentence_length": 2 * CHUNK_BYTES, "input_sentence_size": 0,
-        "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3, "pad_piece": PAD_PIECE,
-        "num_threads": THREADS, "minloglevel": 2}
+        "allow_whitespace_only_pieces": True, "max_sentence_length": 2 * CHUNK_BYTES,
+        "input_sentence_size": 0, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3, "pad_piece": PAD_PIECE,
+        "num_threads": THREADS, "minloglevel": 2
+    }
 
 
 def sample_rates(manifest: dict[str, Any], budget: int) -> dict[str, float]:
@@ -187,7 +205,7 @@ def sampled_rows(corpus: str | os.PathLike[str], manifest: dict[str, Any], rates
 
 
 def chunks(text: str, limit: int = CHUNK_BYTES) -> Iterator[str]:
-    """`text` cut at line ends into pieces of at most `limit` bytes, newlines kept; only longer lines are torn."""
+    """`text` cut at line ends into pieces of at most `limit` bytes, newlines kept; longer lines are torn."""
     held: list[str] = []
     size = 0
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
@@ -210,9 +228,10 @@ def _explained(error: RuntimeError, config: TokenizerConfig, sample: dict[str, A
     text = str(error)
     what = f"--vocab-size={config.vocab_size}"
     if (largest := re.search(r"Please set it to a value <= (\d+)", text)) is not None:
-        return DataError(f"{what}: the corpus has too little text for so many pieces ({sample['bytes']:,} bytes in "
-                         f"{sample['documents']:,} documents). The largest possible is {largest[1]}: use that or less, or "
-                         "a larger corpus.")
+        return DataError(
+            f"{what}: the corpus has too little text for so many pieces ({sample['bytes']:,} bytes in "
+            f"{sample['documents']:,} documents). The largest possible is {largest[1]}: use that or less, or "
+            "a larger corpus.")
     if (smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text)) is not None:
         return DataError(f"{what}: too small for the characters of the corpus; the smallest possible is "
                          f"{int(smallest[1]) + 1}.")
@@ -220,19 +239,26 @@ def _explained(error: RuntimeError, config: TokenizerConfig, sample: dict[str, A
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.tokenizer", description="Train and freeze a tokenizer.")
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.tokenizer",
+                                     description="Train and freeze a tokenizer.")
     parser.add_argument("--corpus", required=True, help="directory made by data_pipeline.corpus")
     parser.add_argument("--output", required=True, help="tokenizer directory to make")
     parser.add_argument("--vocab-size", type=int, default=TokenizerConfig.vocab_size)
-    parser.add_argument("--algorithm", default=TokenizerConfig.algorithm, help="bpe or unigram (encodes four times faster)")
+    parser.add_argument("--algorithm",
+                        default=TokenizerConfig.algorithm,
+                        help="bpe or unigram (encodes four times faster)")
     parser.add_argument("--seed", type=int, default=TokenizerConfig.seed, help="of the sample")
-    parser.add_argument("--sample-mb", type=float, default=TokenizerConfig.sample_mb, help="text to train on, at most about")
+    parser.add_argument("--sample-mb",
+                        type=float,
+                        default=TokenizerConfig.sample_mb,
+                        help="text to train on, at most about")
     parser.add_argument("--replace", action="store_true", help="replace another tokenizer in --output")
     arguments = parser.parse_args()
     start = time.monotonic()
     config = TokenizerConfig(arguments.vocab_size, arguments.algorithm, arguments.seed, arguments.sample_mb)
     made = build_tokenizer(arguments.corpus, arguments.output, config, replace=arguments.replace)
-    print((made.directory / CARD_FILE).read_text(encoding="utf-8").split("\n## ")[1].removeprefix("Measured\n\n"))
+    print((made.directory
+           / CARD_FILE).read_text(encoding="utf-8").split("\n## ")[1].removeprefix("Measured\n\n"))
     print(f"tokenizer: {arguments.output}, {made.vocab_size} pieces, sha256 {made.sha256[:16]}, "
           f"{time.monotonic() - start:.1f} s")
 

@@ -32,8 +32,9 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
-            raise DataError("a worker process died, most likely killed for lack of memory. Run the same command again with "
-                            "fewer --workers; it goes on from the last finished part.") from error
+            raise DataError(
+                "a worker process died, most likely for lack of memory. Run the same command again with "
+                "fewer --workers; it goes on from the last finished part.") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

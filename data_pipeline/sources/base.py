@@ -9,7 +9,7 @@ from data_pipeline.documents import Bad, Document
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Input:
-    """One thing read: its name (no absolute path, so that manifests agree between machines), size and hash."""
+    """One thing read: name (no absolute path, so that manifests agree between machines), size and hash."""
 
     path: str
     bytes: int

@@ -45,8 +45,10 @@ class FileSource:
     def read(self) -> Iterator[Document | Bad]:
         """The rows of all files."""
         kind = format_of(self.dataset)
-        readers = {"jsonl": self._json_lines, "text": self._text, "parquet": self._parquet, "code": self._code,
-                   "docstrings": self._code}
+        readers = {
+            "jsonl": self._json_lines, "text": self._text, "parquet": self._parquet, "code": self._code,
+            "docstrings": self._code
+        }
         self.bytes_read = 0
         for name, path in self.files:
             yield from readers[kind](name, path)
@@ -68,7 +70,8 @@ class FileSource:
             row = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             return Bad(place, "not UTF-8", f"byte {error.start} of the line is 0x{raw[error.start]:02x}")
-        except (ValueError, RecursionError) as error:  # also integers of thousands of digits and 1,000 nested lists
+        except (ValueError,
+                RecursionError) as error:  # also integers of thousands of digits and 1,000 nested lists
             return Bad(place, "broken JSON", f"{error}"[:200])
         if not isinstance(row, dict):
             return Bad(place, "not a JSON object", f"{type(row).__name__}")
@@ -96,7 +99,8 @@ class FileSource:
         if self.dataset.separator is None:
             yield from self._whole_file(name, path, lambda raw: raw.decode("utf-8"))
             return
-        for number, raw in split_rows(read_blocks(path, self._report), self.dataset.separator.encode(), limit):
+        for number, raw in split_rows(read_blocks(path, self._report), self.dataset.separator.encode(),
+                                      limit):
             place = Place(name, f", document {number}", str(path))
             if (bad := self._unreadable(raw, place, "document")) is not None:
                 yield bad
@@ -114,8 +118,10 @@ class FileSource:
                 except ValueError as error:
                     yield Bad(row.place, "does not parse as Python", str(error)[:200])
                     continue
-                meta = {"derived_from": text_digest(row.encoded).hex()}  # packing keeps it in the split of the code
-                row = make_document(row.id, prose, meta, row.place) if prose else Bad(row.place, "no docstring")
+                meta = {"derived_from": text_digest(row.encoded).hex()
+                        }  # packing keeps it in the split of the code
+                row = make_document(row.id, prose, meta, row.place) if prose else Bad(
+                    row.place, "no docstring")
             yield row
 
     def _whole_file(self, name: str, path: Path, decode: Any) -> Iterator[Document | Bad]:
@@ -136,7 +142,8 @@ class FileSource:
 
     def _unreadable(self, raw: bytes | TooLong | BrokenStream, place: Place, what: str) -> Bad | None:
         if isinstance(raw, TooLong):
-            return Bad(place, f"{what} over max_line_bytes", f"more than {self.dataset.max_line_bytes:,} bytes")
+            return Bad(place, f"{what} over max_line_bytes",
+                       f"more than {self.dataset.max_line_bytes:,} bytes")
         if isinstance(raw, BrokenStream):
             return Bad(place, "file cut off or damaged", f"{raw}; the rest of the file is lost")
         return None
@@ -152,10 +159,12 @@ class FileSource:
                         yield self._parquet_row(batch, index, f"{name}:{number}",
                                                 Place(name, f", row {number}", str(path)))
         except (pyarrow.ArrowException, OSError) as error:
-            yield Bad(Place(name, f", row {number + 1}", str(path)), "file cut off or damaged", str(error)[:200])
+            yield Bad(Place(name, f", row {number + 1}", str(path)), "file cut off or damaged",
+                      str(error)[:200])
         self.bytes_read += os.path.getsize(path)
 
-    def _parquet_row(self, batch: pyarrow.RecordBatch, index: int, identity: str, place: Place) -> Document | Bad:
+    def _parquet_row(self, batch: pyarrow.RecordBatch, index: int, identity: str,
+                     place: Place) -> Document | Bad:
         try:
             row = {column: batch.column(column)[index].as_py() for column in batch.schema.names}
         except UnicodeDecodeError as error:
@@ -174,7 +183,9 @@ class FileSource:
                 raise DataError(f"dataset {dataset.name}: {path} has no column {field!r}. "
                                 f"{nearest(field, schema.names)} Set text_field or id_field.")
         plain = [field.name for field in schema if not pyarrow.types.is_nested(field.type)]
-        wanted = plain if dataset.meta_fields is None else [name for name in dataset.meta_fields if name in schema.names]
+        wanted = plain if dataset.meta_fields is None else [
+            name for name in dataset.meta_fields if name in schema.names
+        ]
         return list(dict.fromkeys([*needed, *wanted]))
 
 
@@ -195,8 +206,9 @@ def find_files(dataset: DatasetConfig) -> list[tuple[str, Path]]:
         for path in matches:
             name = path.relative_to(root).as_posix()
             if found.setdefault(name, path) != path:
-                raise DataError(f"dataset {dataset.name}: {found[name]} and {path} would both be called {name!r} in the "
-                                "documents' ids. Make them two datasets.")
+                raise DataError(
+                    f"dataset {dataset.name}: {found[name]} and {path} would both be called {name!r} in the "
+                    "documents' ids. Make them two datasets.")
     return sorted(found.items())
 
 

@@ -22,20 +22,24 @@ class HubSource:
             import datasets
         except ImportError as error:
             raise DataError(
-                f"dataset {dataset.name}: reading {', '.join(paths_of(dataset))} needs the `datasets` library, which "
-                "is not installed. Install it with: pip install 'nanollama[data]'") from error
+                f"dataset {dataset.name}: reading {', '.join(paths_of(dataset))} needs the `datasets` "
+                "library, which is not installed. Install it with: pip install 'nanollama[data]'") from error
         self._library: Any = datasets
         self._rows = FileSource(dataset, [])
         self.total_bytes = 0
         self.bytes_read = 0
 
     def inputs(self) -> list[Input]:
-        """What is asked of the hub. Only a pinned `revision` makes this an identity; the data card says which."""
+        """What is asked of the hub. Only a pinned `revision` makes it an identity; the card says so."""
         rows = []
         for path in paths_of(self.dataset):
             for split in self.dataset.splits:
-                asked = {"path": path, "subset": self.dataset.subset, "split": split, "revision": self.dataset.revision}
-                name = f"hf://{path}@{self.dataset.revision or 'main'}/{self.dataset.subset or 'default'}/{split}"
+                asked = {
+                    "path": path, "subset": self.dataset.subset, "split": split,
+                    "revision": self.dataset.revision
+                }
+                revision, subset = self.dataset.revision or "main", self.dataset.subset or "default"
+                name = f"hf://{path}@{revision}/{subset}/{split}"
                 rows.append(Input(name, 0, sha256_json(asked)))
         return rows
 
@@ -47,7 +51,8 @@ class HubSource:
                     place = Place(f"{path}/{split}", f", row {number}")
                     document = self._rows.row_document(row, f"{path}/{split}:{number}", place)
                     if isinstance(document, Document) and len(document.encoded) > self.dataset.max_line_bytes:
-                        document = Bad(place, "document over max_line_bytes", f"{len(document.encoded):,} bytes")
+                        document = Bad(place, "document over max_line_bytes",
+                                       f"{len(document.encoded):,} bytes")
                     yield document
 
     def _stream(self, path: str, split: str) -> Iterator[dict[str, Any]]:
@@ -58,7 +63,9 @@ class HubSource:
             raise
         except Exception as error:  # the library raises its own, requests', httpx' and fsspec's errors
             raise DataError(
-                f"dataset {self.dataset.name}: cannot stream {path} (subset {self.dataset.subset}, split {split}): "
-                f"{type(error).__name__}: {str(error)[:300]}\nIf this machine is offline, fetch the files where there is "
-                f"a network:\n    hf download {path} --repo-type dataset --local-dir DIR\nand set in the mixture: "
-                "source: DIR/**/*.parquet, format: parquet. A gated dataset also needs `hf auth login`.") from error
+                f"dataset {self.dataset.name}: cannot stream {path} (split {split}): "
+                f"{type(error).__name__}: {str(error)[:300]}\n"
+                "If this machine is offline, fetch the files where there is a network:\n"
+                f"    hf download {path} --repo-type dataset --local-dir DIR\nand set in the mixture: "
+                "source: DIR/**/*.parquet, format: parquet. A gated dataset also needs `hf auth login`."
+            ) from error

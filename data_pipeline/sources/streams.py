@@ -38,7 +38,8 @@ def read_blocks(path: str | os.PathLike[str], report: Report = lambda count: Non
         raise BrokenStream(f"cannot be read: {error}") from error
 
 
-def split_rows(blocks: Iterator[bytes], separator: bytes, limit: int) -> Iterator[tuple[int, bytes | TooLong | BrokenStream]]:
+def split_rows(blocks: Iterator[bytes], separator: bytes,
+               limit: int) -> Iterator[tuple[int, bytes | TooLong | BrokenStream]]:
     """(number from 1, row) for rows between separators, without them; the last row needs no separator.
 
     A row over `limit` bytes comes as TooLong; a broken stream ends with its BrokenStream in the place of the
@@ -51,7 +52,8 @@ def split_rows(blocks: Iterator[bytes], separator: bytes, limit: int) -> Iterato
             pending += block
             start = 0
             while (end := pending.find(separator, max(start, searched))) >= 0:
-                yield number, TooLong() if skipping or end - start > limit else _row(pending, start, end, number)
+                yield number, TooLong() if skipping or end - start > limit else _row(
+                    pending, start, end, number)
                 number, skipping, start = number + 1, False, end + len(separator)
             del pending[:start]
             if len(pending) > limit:  # forget it, but keep what may be the start of a separator
@@ -66,7 +68,9 @@ def split_rows(blocks: Iterator[bytes], separator: bytes, limit: int) -> Iterato
         yield number, _row(pending, 0, len(pending), number)
 
 
-def read_whole(path: str | os.PathLike[str], limit: int, report: Report = lambda count: None) -> bytes | TooLong | BrokenStream:
+def read_whole(path: str | os.PathLike[str],
+               limit: int,
+               report: Report = lambda count: None) -> bytes | TooLong | BrokenStream:
     """All bytes of a file, or what stands for them when it is over `limit` or broken."""
     content = bytearray()
     try:
