@@ -127,6 +127,7 @@ def test_console_lines_say_what_a_person_needs(tmp_path):
          "epochs 0.25 to 1.50  ETA 3 min 20 s  mem 1.00 GiB"),
         ("validation at step 20  nll 3.0000  perplexity 20.085  bits/byte 1.2345  "
          "(bits/byte by source: a 1.1000, b 1.3000)")]
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["event"] == "convention"
     assert [step for step in range(25) if log.due(step)] == [0, 1, 10, 20] and log.due(1000)
 
 

@@ -59,7 +59,8 @@ class MetricsLog:
         dropped = _truncate(self._path, resume_step)
         self._written = {(line["kind"], line["step"]) for line in read_metrics(self._path)}
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-        if convention:
+        if convention:  # also in the file, so that whoever reads the figures later knows what they mean
+            self._write(resume_step, "event", {"event": "convention", "text": convention})
             self._say(convention)
         if resume_step > 0 or dropped:
             events = [line for line in dropped if line["kind"] == "event"]
