@@ -45,14 +45,11 @@ def make_train_step(
     rows do not divide over devices and micro-batches.
     """
     check_rows(config, mesh)
-    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
+    gradient = make_gradient(config, decoder, mesh, shardings)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            gradients, sums = sum_gradients(
-                loss, state.params, batch, config.batch.micro_batches, shardings.params
-            )
+        gradients, sums = gradient(state.params, batch)
         return update(state, gradients, sums, optimizer, schedule)
 
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -108,8 +105,21 @@ def check_rows(config: Config, mesh: Mesh) -> None:
         )
 
 
+def make_gradient(
+    config: Config, decoder: Decoder, mesh: Mesh, shardings: TrainState
+) -> Callable[[Any, Batch], tuple[Any, LossSums]]:
+    """`gradient(params, batch) -> (gradients of the summed loss, sums)`, to be traced inside a jitted step."""
+    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
+
+    def gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return sum_gradients(loss, params, batch, config.batch.micro_batches, shardings.params)
+
+    return gradient
+
+
 def sum_gradients(
-    loss: Loss, params: Any, batch: Batch, micro_batches: int, shardings: Any = None
+    loss: Loss, params: Any, batch: Batch, micro_batches: int, shardings: Any
 ) -> tuple[Any, LossSums]:
     """Gradients of the summed loss, float32, like `params`, and the sums; one micro-batch in memory at a time.
 
@@ -118,7 +128,7 @@ def sum_gradients(
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def pinned(gradients: Any) -> Any:  # without it a gradient can lose an axis of its parameter's sharding
-        return gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, shardings)
+        return jax.lax.with_sharding_constraint(gradients, shardings)
 
     if micro_batches == 1:
         (_, sums), gradients = gradient(params, batch)
