@@ -252,10 +252,18 @@ def test_rows_that_fill_the_last_validation_batch_weigh_nothing(root: Path) -> N
     assert (last.arrays["tokens"][rows:] == mixture.tokenizer.pad_id).all()
     np.testing.assert_array_equal(last.arrays["first_key"][rows:], np.tile(np.arange(64), (3, 1)))
     assert last.arrays["weights"][:rows].any(axis=1).all()
-    few = list(validation_batches(mixture, global_batch=8, limit=1))
-    assert len(few) == 1
-    assert few[0].source_tokens[1] > 0  # a fair sample: neither set is left for later
-    assert few[0].source_tokens[2] > 0
+
+
+def test_a_few_validation_batches_are_a_fair_sample(root: Path) -> None:
+    mixture = mixture_of(root, split="validation")
+    rows = sum(member.rows for member in mixture.sets)
+    every = [batch.arrays["tokens"][0].tobytes() for batch in validation_batches(mixture, global_batch=1)]
+    few = [row.tobytes() for batch in validation_batches(mixture, global_batch=2, limit=4)
+           for row in batch.arrays["tokens"]]
+    places = [every.index(row) for row in few]
+    assert len(few) == 8
+    assert np.abs(np.diff([*places, rows]) - rows / 8).max() < 1  # evenly from the first row to the last
+    assert len(list(validation_batches(mixture, global_batch=8, limit=100))) == -(-rows // 8)
 
 
 def test_labels_are_accounted_to_their_sources(root: Path) -> None:

@@ -49,7 +49,7 @@ def test_missing_sets_and_tokenizers_name_the_commands_that_make_them(root: Path
         with pytest.raises(DataError) as error:
             open_mixture(data)
         for part in (str(path), "data_pipeline.corpus --config=configs/mixtures/m.yaml",
-                     "data_pipeline.tokenizer --corpus=", "data_pipeline.pack --corpus="):
+                     "data_pipeline.tokenizer --corpus=", "data_pipeline.pack --corpus=", "-length=128"):
             assert part in str(error.value)
 
 

@@ -115,7 +115,7 @@ def test_an_edited_manifest_is_found_when_opened(damaged: Path) -> None:
 
 
 def test_times_and_paths_are_no_part_of_the_identity() -> None:
-    manifest = {"seed": 1, "corpus": {"path": "here", "sha256": "ab"}, "times": {"pack": 1.0}}
+    manifest = {"seed": 1, "corpus": {"path": "here", "sha256": "ab"}, "times": {"pack": 1.0}, "code": "v1"}
     moved = {"seed": 1, "corpus": {"path": "there", "sha256": "ab"}, "dataset_id": "x"}
     assert dataset_id(manifest) == dataset_id(moved)
     assert dataset_id(manifest) != dataset_id({**manifest, "seed": 2})

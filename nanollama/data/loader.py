@@ -126,17 +126,18 @@ def validation_batches(mixture: Mixture, *, global_batch: int, host: int = 0, ho
                        limit: int = 0) -> Iterator[HostBatch]:
     """Every row of the mixture's split once, in one order; the last batch is filled with rows of weight 0.
 
-    Weights play no part; sets are spread evenly over the batches, so that the first `limit` batches (0: all)
-    are a fair sample. Errors: FieldError when hosts do not divide `global_batch`.
+    The mixture's weights play no part. With a `limit` above 0, at most so many batches, of rows spread evenly
+    over all sets. Errors: FieldError when hosts do not divide `global_batch`.
     """
     _check_hosts(global_batch, host, hosts)
     at = np.concatenate([(np.arange(member.rows) + 0.5) / member.rows for member in mixture.sets])
     number = np.repeat(np.arange(len(mixture.sets)), [member.rows for member in mixture.sets])
     row = np.concatenate([np.arange(member.rows) for member in mixture.sets])
     order = np.argsort(at, kind="stable")
-    batches = -(-len(order) // global_batch)
-    for batch in range(min(batches, limit) if limit else batches):
-        chosen = order[batch * global_batch:(batch + 1) * global_batch]
+    if limit and len(order) > limit * global_batch:
+        order = order[np.arange(limit * global_batch) * len(order) // (limit * global_batch)]
+    for start in range(0, len(order), global_batch):
+        chosen = order[start:start + global_batch]
         keys: list[RowKey | None] = [RowKey(int(number[i]), int(row[i])) for i in chosen]
         keys += [None] * (global_batch - len(keys))
         yield read_rows(mixture, keys[host::hosts])

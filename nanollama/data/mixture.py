@@ -5,6 +5,7 @@ the row length. Knows nothing of seeds, steps or hosts; those are the loader's.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,24 +117,25 @@ def open_mixture(data: DataConfig, *, split: str = "train", tokenizer_sha256: st
                    interleave)
 
 
-def commands(recipe: str, packed: str, tokenizer: str) -> str:
-    """The commands that make a packed set from its recipe, one a line."""
+def commands(recipe: str, packed: str, tokenizer: str, sequence_length: int) -> str:
+    """The commands that make a packed set from its recipe, for rows of `sequence_length`, one a line."""
     recipe, corpus = recipe or "MIXTURE.yaml", str(Path(packed).parent / "corpus")
+    # one set serves all longer rows too, so records need not be longer than the shortest context trained on
+    record_length = math.gcd(sequence_length, 4096) if sequence_length > 4096 else sequence_length
     return (f"\n  python -m data_pipeline.corpus --config={recipe} --output={corpus}"
             f"\n  python -m data_pipeline.tokenizer --corpus={corpus} --output={tokenizer}"
-            f"\n  {_pack_command(packed, tokenizer)}")
+            f"\n  python -m data_pipeline.pack --corpus={corpus} --tokenizer={tokenizer} --output={packed} "
+            f"--record-length={record_length}")
 
 
-def _pack_command(packed: str, tokenizer: str) -> str:
-    corpus = Path(packed).parent / "corpus"
-    return f"python -m data_pipeline.pack --corpus={corpus} --tokenizer={tokenizer} --output={packed}"
+def _commands(entry: PackedSetConfig, data: DataConfig) -> str:
+    return commands(entry.recipe, entry.path, data.tokenizer, data.sequence_length)
 
 
 def _open_tokenizer(data: DataConfig, sha256: str | None, vocab_size: int | None) -> Tokenizer:
     if not (Path(data.tokenizer) / MODEL_FILE).is_file():
-        first = data.sets[0]
-        raise DataError(f"config.data.tokenizer: no tokenizer in {data.tokenizer!r}. These make it and the "
-                        f"first packed set:{commands(first.recipe, first.path, data.tokenizer)}")
+        raise DataError(f"config.data.tokenizer: no tokenizer in {data.tokenizer!r}. It and the first packed "
+                        f"set are made by:{_commands(data.sets[0], data)}")
     tokenizer = Tokenizer.load(data.tokenizer)
     if sha256 is not None:
         tokenizer.require(sha256, "The checkpoint", "Set config.data.tokenizer to the tokenizer/ folder of "
@@ -147,11 +149,11 @@ def _open_tokenizer(data: DataConfig, sha256: str | None, vocab_size: int | None
 def _open_set(entry: PackedSetConfig, data: DataConfig, tokenizer: Tokenizer) -> PackedSet:
     if not (Path(entry.path) / MANIFEST_FILE).is_file():
         raise DataError(f"config.data.sets: no packed set in {entry.path!r}. These commands make it:"
-                        + commands(entry.recipe, entry.path, data.tokenizer))
+                        + _commands(entry, data))
     packed = PackedSet(entry.path)
+    pack = _commands(entry, data).splitlines()[-1]
     tokenizer.require(packed.tokenizer["sha256"], f"The packed set {entry.path}", "Set config.data.tokenizer "
-                      "to the one it was packed with, or pack it again:\n  "
-                      + _pack_command(entry.path, data.tokenizer))
+                      f"to the one it was packed with, or pack it again:\n{pack}")
     return packed
 
 

@@ -10,7 +10,7 @@ manifest.json: schema_version 1; kind "packed"; dataset_id; tokenizer {sha256, n
 bos_id, eos_id, pad_id}; record_length; splits {name: {records, tokens, padding, documents, bytes_of_text}};
 sources [names], a record's source id is the index; source_counts {split: {source: {documents, tokens, bytes,
 characters}}}; files [{path, split, bytes, sha256, records}], docs.parquet among them with split null. What
-else the writer records (seed, packing, corpus, dropped rows, times) is hashed, not read.
+else the writer records (seed, packing, corpus, dropped rows) is hashed, not read.
 """
 
 import argparse
@@ -38,8 +38,9 @@ _MEND = "Make the set again with data_pipeline.pack, or restore it from where it
 
 
 def dataset_id(manifest: dict[str, Any]) -> str:
-    """Identity of a packed set: hash of its manifest without `times` and the corpus's path on disk."""
-    hashed = {name: value for name, value in manifest.items() if name not in ("dataset_id", "times")}
+    """Identity of a packed set: hash of its manifest but for `times`, `code` and the corpus's path."""
+    unhashed = ("dataset_id", "times", "code")
+    hashed = {name: value for name, value in manifest.items() if name not in unhashed}
     if isinstance(hashed.get("corpus"), dict):
         hashed["corpus"] = {name: value for name, value in hashed["corpus"].items() if name != "path"}
     return sha256_json(hashed)
