@@ -26,8 +26,8 @@ def make_config(**changes: Any) -> dict[str, Any]:
     return as_dict(resolve({**values, **changes}))
 
 
-def make_run(folder: Path, *, steps: int = 1200, **changes: Any) -> Path:
-    """A run folder alone: config, environment, lineage, metrics."""
+def make_run(folder: Path, *, logged: int = 1200, **changes: Any) -> Path:
+    """A run folder alone: config, environment, lineage, metrics of `logged` steps."""
     run = folder / "train"
     config = make_config(**changes)
     write_json(run / "config.json", config)
@@ -39,7 +39,7 @@ def make_run(folder: Path, *, steps: int = 1200, **changes: Any) -> Path:
         "code": {"nanollama": "0.1.0", "git_commit": "ab12" * 10, "git_dirty": False},
         "tokenizer": {"sha256": TOKENIZER_SHA}, "parent": None, "starts": [{"step": 0}],
         "sets": [{"path": "packed", "dataset_id": DATASET_ID, "corpus_manifest_sha256": "77ae" * 16}]})
-    lines = list(metric_lines(steps, 16 * 512))
+    lines = list(metric_lines(logged, 16 * 512))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 

@@ -24,7 +24,7 @@ class Series(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Size of a drawing in CSS pixels; the page shows `WIDE` or `NARROW` by its own width."""
+    """Size of a drawing in CSS pixels; the page shows the one that fits, so that labels keep their size."""
 
     name: str
     width: int
@@ -33,8 +33,9 @@ class Frame(NamedTuple):
     ticks_y: int
 
 
-WIDE, NARROW = Frame("wide", 1000, 360, 9, 6), Frame("narrow", 360, 260, 4, 5)
-HALF, HALF_NARROW = Frame("wide", 480, 210, 4, 4), Frame("narrow", 360, 190, 4, 4)
+WIDE, MEDIUM = Frame("wide", 1000, 360, 9, 6), Frame("medium", 680, 320, 7, 5)
+NARROW = Frame("narrow", 340, 260, 4, 5)
+HALF, HALF_NARROW = Frame("wide", 480, 210, 4, 4), Frame("narrow", 340, 190, 4, 4)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 26  # room for tick labels
 START = 0.04  # share of the steps whose values the y axis need not reach
 
@@ -51,7 +52,7 @@ class Scale(NamedTuple):
         return self.start + (value - self.low) / ((self.high - self.low) or 1.0) * (self.end - self.start)
 
 
-def line_chart(title: str, series: Sequence[Series], frames: Sequence[Frame] = (WIDE, NARROW), *,
+def line_chart(title: str, series: Sequence[Series], frames: Sequence[Frame] = (WIDE, MEDIUM, NARROW), *,
                marks: Sequence[tuple[float, str]] = (), zero: bool = False) -> dict[str, Any] | None:
     """Drawings of `series` for every frame, with what the page's script needs to read values off them.
 

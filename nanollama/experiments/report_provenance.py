@@ -24,12 +24,12 @@ def sources(files: RunFiles) -> list[dict[str, Any]]:
         for item in rows_of(manifest, "datasets"):
             rows[str(item.get("name"))] = {
                 "documents": figure(item, "kept", "documents"), "characters": figure(item, "characters"),
-                "bytes": figure(item, "bytes"), "licence": licences.get(item.get("name"))}
+                "bytes": figure(item, "bytes"), "licence": licences.get(item.get("name")), "tokens": None}
     for _, manifest in files.packed_sets():
         for name, item in part(part(manifest, "source_counts"), "train").items():
-            counts = {key: figure(item, key) for key in ("documents", "characters", "bytes")}
-            row = rows.setdefault(str(name), counts)
-            row["tokens"] = (row.get("tokens") or 0) + (figure(item, "tokens") or 0)
+            counts = {key: figure(item, key) for key in ("documents", "characters", "bytes", "tokens")}
+            row = rows.setdefault(str(name), {**counts, "licence": None, "tokens": None})
+            row["tokens"] = (row["tokens"] or 0) + (counts["tokens"] or 0)
     for name, row in rows.items():
         row["name"] = name
         row["seen"], row["epochs"] = (_of_last_line(files, key, name) for key in ("source_tokens", "epochs"))
