@@ -21,9 +21,11 @@ OWN = ("nanollama", "data_pipeline", "evals")
 # where a distribution's name is not its module's
 DISTRIBUTION = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "jaxlib": "jax", "PIL": "pillow"}
 
+STACK = {"clu", "einops"}  # named as part of the stack: there for configs and code of users, whether we import them
+
 # These rooms can be measured on a machine that has only the array libraries.
 PURE_ROOMS = ("ops", "kernels", "models", "parallel", "config", "data.strict", "data.files")
-PURE_ROOMS += ("training.step", "training.state", "training.optim", "training.schedules")
+PURE_ROOMS += ("training.step", "training.state", "training.optim", "training.schedules", "objectives.next_token")
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "numpy", "einops", "nanollama"}
 
 
@@ -72,7 +74,7 @@ def test_every_import_is_declared_and_every_dependency_used():
     assert not used - core - optional, "imported, but not in pyproject.toml"
     in_configs = {DISTRIBUTION.get(n, n) for p in sources("configs") for n in third_party(p.read_text())}
     unused = core - used - {canonicalize_name(name) for name in in_configs}
-    assert not unused, "in pyproject.toml, but not imported"
+    assert unused <= STACK, "in pyproject.toml, but not imported"
 
 
 def test_no_nnx():
@@ -97,9 +99,7 @@ def test_pure_rooms_import_array_libraries_only():
     for path in pure:
         check_pure(path.read_text(), path)
         within = {n for n in imports(path.read_text()) if n.startswith("nanollama.")}
-        strangers = [
-            n for n in within if not f"{n}.".startswith(tuple(f"nanollama.{r}." for r in PURE_ROOMS))
-        ]
+        strangers = [n for n in within if not f"{n}.".startswith(tuple(f"nanollama.{r}." for r in PURE_ROOMS))]
         assert not strangers, f"{path} reaches {strangers}, which may import anything"
     with pytest.raises(AssertionError):
         check_pure("def f():\n    import ml_collections", "mutant")
@@ -122,9 +122,7 @@ def test_lock_files_hold_plain_versions_that_fit(lock):
     lines = lock.read_text().split("\n")
     assert lines.pop() == ""
     for line in lines:
-        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+", line), (
-            f"{line!r} is not name==version"
-        )
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+", line), f"{line!r} is not name==version"
     locked = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     for requirement in CORE + EXTRAS["test"] + (EXTRAS["lint"] if lock.name == "py311.txt" else []):
         version = locked.get(canonicalize_name(requirement.name))
