@@ -43,14 +43,21 @@ def test_a_mixture_knows_its_sets_sources_and_shares(root: Path) -> None:
 
 
 def test_missing_sets_and_tokenizers_name_the_commands_that_make_them(root: Path, tmp_path: Path) -> None:
-    missing_set = data_of(root, "books", "poems")
-    missing_tokenizer = data_of(root, "books", tokenizer=str(tmp_path / "none"))
-    for data, path in ((missing_set, root / "poems"), (missing_tokenizer, tmp_path / "none")):
-        with pytest.raises(DataError) as error:
-            open_mixture(data)
-        for part in (str(path), "data_pipeline.corpus --config=configs/mixtures/m.yaml",
-                     "data_pipeline.tokenizer --corpus=", "data_pipeline.pack --corpus=", "-length=128"):
-            assert part in str(error.value)
+    with pytest.raises(DataError) as error:
+        open_mixture(data_of(root, "books", "poems"))
+    assert str(error.value).splitlines()[1:] == [
+        f"  python -m data_pipeline.corpus --config=configs/mixtures/m.yaml --output={root}/poems-corpus",
+        f"  python -m data_pipeline.pack --corpus={root}/poems-corpus --tokenizer={root}/tokenizer "
+        f"--output={root}/poems --record-length=128"]
+    sets = (PackedSetConfig("data/a/packed", recipe="a.yaml"),)
+    nothing = DataConfig(sets=sets, tokenizer=str(tmp_path / "none"), sequence_length=12288)
+    with pytest.raises(DataError) as error:
+        open_mixture(nothing, vocab_size=32000)
+    assert str(error.value).splitlines()[1:] == [
+        "  python -m data_pipeline.corpus --config=a.yaml --output=data/a/corpus",
+        f"  python -m data_pipeline.tokenizer --corpus=data/a/corpus --output={tmp_path}/none --vocab-size=32000",
+        f"  python -m data_pipeline.pack --corpus=data/a/corpus --tokenizer={tmp_path}/none "
+        "--output=data/a/packed --record-length=4096"]
 
 
 def test_a_set_packed_with_another_tokenizer_is_refused(root: Path, tmp_path: Path) -> None:

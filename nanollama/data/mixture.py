@@ -117,25 +117,25 @@ def open_mixture(data: DataConfig, *, split: str = "train", tokenizer_sha256: st
                    interleave)
 
 
-def commands(recipe: str, packed: str, tokenizer: str, sequence_length: int) -> str:
-    """The commands that make a packed set from its recipe, for rows of `sequence_length`, one a line."""
-    recipe, corpus = recipe or "MIXTURE.yaml", str(Path(packed).parent / "corpus")
+def commands(entry: PackedSetConfig, data: DataConfig, vocab_size: int | None) -> list[str]:
+    """The commands that make a packed set, and the tokenizer first if it is not there."""
+    packed = Path(entry.path)
+    corpus = packed.with_name("corpus") if packed.name == "packed" else packed.with_name(f"{packed.name}-corpus")
     # one set serves all longer rows too, so records need not be longer than the shortest context trained on
-    record_length = math.gcd(sequence_length, 4096) if sequence_length > 4096 else sequence_length
-    return (f"\n  python -m data_pipeline.corpus --config={recipe} --output={corpus}"
-            f"\n  python -m data_pipeline.tokenizer --corpus={corpus} --output={tokenizer}"
-            f"\n  python -m data_pipeline.pack --corpus={corpus} --tokenizer={tokenizer} --output={packed} "
-            f"--record-length={record_length}")
-
-
-def _commands(entry: PackedSetConfig, data: DataConfig) -> str:
-    return commands(entry.recipe, entry.path, data.tokenizer, data.sequence_length)
+    record_length = math.gcd(data.sequence_length, 4096) if data.sequence_length > 4096 else data.sequence_length
+    size = f" --vocab-size={vocab_size}" if vocab_size else ""
+    make = [f"python -m data_pipeline.corpus --config={entry.recipe or 'MIXTURE.yaml'} --output={corpus}"]
+    if not (Path(data.tokenizer) / MODEL_FILE).is_file():
+        make.append(f"python -m data_pipeline.tokenizer --corpus={corpus} --output={data.tokenizer}{size}")
+    return [*make, f"python -m data_pipeline.pack --corpus={corpus} --tokenizer={data.tokenizer} "
+            f"--output={packed} --record-length={record_length}"]
 
 
 def _open_tokenizer(data: DataConfig, sha256: str | None, vocab_size: int | None) -> Tokenizer:
     if not (Path(data.tokenizer) / MODEL_FILE).is_file():
+        make = "\n  ".join(["", *commands(data.sets[0], data, vocab_size)])
         raise DataError(f"config.data.tokenizer: no tokenizer in {data.tokenizer!r}. It and the first packed "
-                        f"set are made by:{_commands(data.sets[0], data)}")
+                        f"set are made by:{make}")
     tokenizer = Tokenizer.load(data.tokenizer)
     if sha256 is not None:
         tokenizer.require(sha256, "The checkpoint", "Set config.data.tokenizer to the tokenizer/ folder of "
@@ -147,13 +147,12 @@ def _open_tokenizer(data: DataConfig, sha256: str | None, vocab_size: int | None
 
 
 def _open_set(entry: PackedSetConfig, data: DataConfig, tokenizer: Tokenizer) -> PackedSet:
+    make = commands(entry, data, None)
     if not (Path(entry.path) / MANIFEST_FILE).is_file():
-        raise DataError(f"config.data.sets: no packed set in {entry.path!r}. These commands make it:"
-                        + _commands(entry, data))
+        raise DataError("\n  ".join([f"config.data.sets: no packed set in {entry.path!r}. It is made by:", *make]))
     packed = PackedSet(entry.path)
-    pack = _commands(entry, data).splitlines()[-1]
     tokenizer.require(packed.tokenizer["sha256"], f"The packed set {entry.path}", "Set config.data.tokenizer "
-                      f"to the one it was packed with, or pack it again:\n{pack}")
+                      f"to the one it was packed with, or pack it again:\n  {make[-1]}")
     return packed
 
 
