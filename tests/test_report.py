@@ -95,7 +95,8 @@ def test_a_whole_run_shows_every_part(pipeline):
     for shown in ("1.067", "11.56", "3.93 M", "9.83 M", "67.99 per word", "8,192 pieces",
                   "windows of 512 tokens that move by 256", "180,640", "14.2 M", "PSF-2.0",
                   "3.280 characters per token", "51d051d051d051d0", "6 min 38 s", "2 attempts",
-                  "python -m nanollama.chat --checkpoint=", "python -m nanollama.corpus", "def read_json(path):", "temperature 0.8", "resumed at step 600",
+                  "python -m nanollama.chat --checkpoint=", "python -m nanollama.corpus",
+                  "def read_json(path):", "temperature 0.8", "resumed at step 600",
                   "112 GFLOP/s", "Muon with AdamW", "2 CPU cores", "commit ab12ab12ab12"):
         assert shown in page.text, shown
     assert "not measured" not in page.text.lower() and "Warnings" not in page.text
@@ -258,6 +259,8 @@ parent.postMessage({
     ([box, width]) => ({width: box.width, height: box.height, zoom: box.width / width})),
   bars: [...document.querySelectorAll(".bars i")].map((bar) => bar.getBoundingClientRect().width),
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  widest: [...document.querySelectorAll("main *")].map((node) => [node.getBoundingClientRect().right, node.outerHTML])
+    .sort((a, b) => b[0] - a[0])[0].join(" ").slice(0, 200),
   headline: [...document.querySelectorAll(".figures .value")].map((node) => node.innerText)}, "*");
 </script>"""
 FRAMES = """<!doctype html><script>
@@ -299,7 +302,8 @@ def test_in_a_browser_at_desktop_and_phone_width(tmp_path, pipeline):
     seen = json.loads(html.unescape(re.search(r'data-probe="(.*?)"', dom).group(1)))
     assert len(seen) == 15
     for name, found in seen.items():
-        assert found["width"] == int(name.split()[1]) and found["overflow"] <= 0, f"{name}: scrolls sideways"
+        assert found["width"] == int(name.split()[1])
+        assert found["overflow"] <= 0, f"{name}: scrolls sideways, because of {found['widest']}"
         assert len(found["charts"]) >= 3, name
         for chart in found["charts"]:  # zoom: labels are 12 pixels times this
             assert chart["width"] > 250 and chart["height"] > 120 and 0.75 < chart["zoom"] < 1.5, (name, chart)

@@ -189,9 +189,9 @@ def model(config: Config | None) -> dict[str, Any] | None:
     if config is None:
         return None
     shape, compute = config.model, config.compute
-    heads = f"{shape.num_heads} of {shape.head_dim}"
+    heads = f"{shape.num_heads}, each {shape.head_dim} wide"
     if shape.num_kv_heads != shape.num_heads:
-        heads += f", {shape.num_kv_heads} for keys and values"
+        heads += f"; {shape.num_kv_heads} for keys and values"
     return {"parameters": count_parameters(shape), "rows": [
         ("Family", shape.family),
         ("Layers", f"{shape.num_layers}"),
