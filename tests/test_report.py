@@ -107,8 +107,8 @@ def test_a_whole_run_shows_every_part(pipeline):
     ("evaluation", "No evaluation has been run"), ("samples", "Not measured: no samples"),
     ("stages", "Not measured: this run was not started by a pipeline"),
     ("train/metrics.jsonl", "Not measured: the run has logged no step"),
-    ("train/config.json", "Not measured: config.json is absent"), ("train/environment.json", "environment"),
-    ("train/lineage.json", "lineage")])
+    ("train/config.json", "Not measured: config.json is absent"), ("train/environment.json", "Not measured Environment"),
+    ("train/lineage.json", "Not measured Lineage")])
 def test_what_is_absent_is_said_and_the_rest_is_shown(copy, absent, said):
     path = copy / absent
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -218,6 +218,12 @@ def test_links_that_do_not_fit_are_warned_of(copy):
     text = check_inert(build(copy)).text
     assert "is not the one this run was trained on (eeeeeeeeeeee)" in text
     assert "belongs to tokenizer 8c1f8c1f8c1f, but the run used ffffffffffff" in text
+
+
+def test_a_stage_that_failed_is_warned_of(copy):
+    marker = json.loads((copy / "stages/evaluate.json").read_text())
+    write_json(copy / "stages/evaluate.json", {**marker, "state": "failed"})
+    assert "Stage evaluate is not done: failed." in check_inert(build(copy)).text
 
 
 def test_overfitting_and_an_older_checkpoint_are_warned_of(copy):
