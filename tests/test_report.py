@@ -107,8 +107,8 @@ def test_a_whole_run_shows_every_part(pipeline):
     ("evaluation", "No evaluation has been run"), ("samples", "Not measured: no samples"),
     ("stages", "Not measured: this run was not started by a pipeline"),
     ("train/metrics.jsonl", "Not measured: the run has logged no step"),
-    ("train/config.json", "Not measured: config.json is absent"), ("train/environment.json", "Not measured Environment"),
-    ("train/lineage.json", "Not measured Lineage")])
+    ("train/config.json", "Not measured: config.json is absent"),
+    ("train/environment.json", "Not measured Environment"), ("train/lineage.json", "Not measured Lineage")])
 def test_what_is_absent_is_said_and_the_rest_is_shown(copy, absent, said):
     path = copy / absent
     shutil.rmtree(path) if path.is_dir() else path.unlink()
