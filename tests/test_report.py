@@ -87,7 +87,7 @@ def pipeline(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(pipeline, tmp_path) -> Path:
     """The pipeline's directory to change; its config still names the data of the original."""
-    return Path(shutil.copytree(pipeline, tmp_path / "work"))
+    return Path(shutil.copytree(pipeline, tmp_path / "copy"))
 
 
 def test_a_whole_run_shows_every_part(pipeline):
@@ -251,7 +251,7 @@ def test_pipeline_and_its_run_folder_give_the_same_page(pipeline):
 def test_home_directories_do_not_leave_the_machine(copy, monkeypatch):
     monkeypatch.setenv("HOME", str(copy.parent))
     text = build(copy)
-    assert str(copy.parent) not in text and "~/work/train" in text
+    assert str(copy.parent) not in text and "~/copy/train" in text
 
 
 # What a browser makes of it: a script put into the page looks around and tells the page it is framed in.
