@@ -118,25 +118,19 @@ def _build_parts(mixture: MixtureConfig, sources: list[Source], work: Path) -> l
 
 def _build_part(dataset: DatasetConfig, source: Source, seen: set[bytes], work: Path, first: int,
                 marker: Path, progress: Progress) -> dict[str, Any]:
-    writer = ShardWriter(work / corpus_format.SHARDS, first, dataset.name)
-    dropped_path = marker.with_suffix(".dropped")
     marker.parent.mkdir(parents=True, exist_ok=True)
     digests = bytearray()
     counts = Counts()
-    with open(dropped_path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as dropped:
+    with (ShardWriter(work / corpus_format.SHARDS, first, dataset.name) as writer,
+          open(marker.with_suffix(".dropped"), "wb") as dropped):
         for item in _counted(dataset, source, seen, counts, progress):
             if isinstance(item, Kept):
                 writer.write(item.document)
                 digests += item.digest
             elif item.reason != OVER_CAP:
-                dropped.write(
-                    json.dumps(
-                        {
-                            "dataset": dataset.name, "place": item.place.recorded, "reason": item.reason,
-                            "detail": item.detail, "id": item.id
-                        },
-                        ensure_ascii=False) + "\n")
-    writer.finish()
+                row = {"dataset": dataset.name, "place": item.place.recorded, "reason": item.reason,
+                       "detail": item.detail, "id": item.id}
+                dropped.write((json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
     write_atomic(marker.with_suffix(".digests"), bytes(digests))
     part = {**dataclasses.asdict(counts), "shards": [dataclasses.asdict(shard) for shard in writer.shards]}
     write_json(marker, part)

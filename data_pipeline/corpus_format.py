@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 from data_pipeline.documents import Document
@@ -40,6 +41,17 @@ class ShardWriter:
         self._number = first
         self._file: BinaryIO | None = None
         directory.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        """Finish the last shard, or leave it without its name when something went wrong."""
+        if kind is None:
+            self.finish()
+        elif self._file is not None:
+            self._file.close()
 
     def write(self, document: Document) -> None:
         """Append one document."""

@@ -52,8 +52,8 @@ repeated.
 ## Validation
 
 {manifest['validation_fraction']:.1%} of the documents, chosen by a hash of their text and seed
-{manifest['seed']}: equal texts are in one split, and a text made from another document (docstrings) is where that
-document is.
+{manifest['seed']}: equal texts are in one split, and a text made from another document (docstrings) is
+where that document is.
 
 ## Identity
 

@@ -65,26 +65,34 @@ class TokenStore:
 
 
 def load_documents(tasks: list[ShardTask]) -> Documents:
-    """The documents of all shards. A text that is held out anywhere is held out everywhere."""
+    """The documents of all shards, each with its split.
+
+    The shards' own answer stands, except that a text equal to a derived one follows the first of those: equal
+    texts are in one split, and derived texts are where their origin is.
+    """
     names = ("tokens", "source", "validation", "bytes", "characters")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    held_out: set[str] = set()
-    digests: list[pyarrow.ChunkedArray] = []
+    derived: dict[str, bool] = {}
+    for task in tasks:
+        table = pyarrow.parquet.read_table(task.table_path, columns=["sha256", "validation", "derived"])
+        for row in table.filter(table.column("derived")).to_pylist():
+            derived.setdefault(row["sha256"], row["validation"])
+    texts = pyarrow.array(derived, pyarrow.string())
+    flags = np.fromiter(derived.values(), bool, len(derived))
     for task in tasks:
         table = pyarrow.parquet.read_table(task.table_path, columns=[*names, "sha256"])
         for name in names:
             columns[name].append(table.column(name).to_numpy())
-        held_out.update(table.column("sha256").filter(table.column("validation")).to_pylist())
-        digests.append(table.column("sha256"))
-    values = pyarrow.array(sorted(held_out), pyarrow.string())
-    validation = [pyarrow.compute.is_in(column, value_set=values).to_numpy() for column in digests]
+        if derived:
+            found = pyarrow.compute.index_in(table.column("sha256"), value_set=texts).fill_null(-1).to_numpy()
+            columns["validation"][-1] = np.where(found >= 0, flags[found], columns["validation"][-1])
     count = sum(len(column) for column in columns["tokens"])
     if count >= 1 << 32:
         raise DataError(
             f"{count} documents, a packed set holds at most {(1 << 32) - 1}. Pack the corpus in parts.")
     whole = {name: np.concatenate(columns[name]) for name in names}
     return Documents(
-        tokens=whole["tokens"], sources=whole["source"], validation=np.concatenate(validation).astype(bool),
+        tokens=whole["tokens"], sources=whole["source"], validation=whole["validation"].astype(bool),
         bytes=whole["bytes"], characters=whole["characters"],
         first=np.cumsum([0, *(len(column) for column in columns["tokens"])]),
         record=np.zeros(count, np.uint32), segment=np.zeros(count, np.uint32))

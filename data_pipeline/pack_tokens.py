@@ -24,7 +24,8 @@ from nanollama.data.tokenizer import Tokenizer
 BATCH_CHARACTERS = 4_000_000  # encoded together; bounds memory
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 TABLE = pyarrow.schema([
-    ("doc_id", pyarrow.string()), ("source", pyarrow.uint16()), ("validation", pyarrow.bool_()),
+    ("doc_id", pyarrow.string()), ("source", pyarrow.uint16()),
+    ("validation", pyarrow.bool_()), ("derived", pyarrow.bool_()),
     ("tokens", pyarrow.uint32()), ("bytes", pyarrow.uint64()), ("characters", pyarrow.uint64()),
     ("sha256", pyarrow.string()), ("meta", pyarrow.string())])
 
@@ -97,11 +98,17 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def is_validation(digest: bytes, meta: dict[str, Any], fraction: float, seed: int) -> bool:
     """Whether a document is held out: by a hash of its text, so that equal texts land in the same split.
 
-    A text made from another document (docstrings from their source file) goes where that document goes.
+    A text made from another document (docstrings from their source file) goes where that document goes, or it
+    would be read in training.
     """
-    origin = meta.get("derived_from")
-    key = bytes.fromhex(origin) if isinstance(origin, str) and _DIGEST.fullmatch(origin) else digest
+    key = bytes.fromhex(meta["derived_from"]) if is_derived(meta) else digest
     return hash_fraction(key, seed, "validation") < fraction
+
+
+def is_derived(meta: dict[str, Any]) -> bool:
+    """Whether a document names the text it was made from."""
+    origin = meta.get("derived_from")
+    return isinstance(origin, str) and _DIGEST.fullmatch(origin) is not None
 
 
 def _load(task: ShardTask) -> Tokenizer:
@@ -123,6 +130,7 @@ def _encode(batch: list[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype, 
         rows.append({
             "doc_id": row["id"], "source": task.sources.index(row["source"]),
             "validation": is_validation(digest, row["meta"], task.validation_fraction, task.seed),
+            "derived": is_derived(row["meta"]),
             "tokens": len(ids), "bytes": len(encoded), "characters": len(row["text"]), "sha256": digest.hex(),
             "meta": json.dumps(row["meta"], ensure_ascii=False, sort_keys=True)})
     return rows

@@ -77,7 +77,8 @@ class Counts:
                 "Check text_field, format and filters; if it is meant, set max_loss: 1.0 for this dataset.")
 
 
-def select(dataset: DatasetConfig, source: Source, seen: set[bytes], counts: Counts) -> Iterator[Kept | Dropped]:
+def select(dataset: DatasetConfig, source: Source, seen: set[bytes],
+           counts: Counts) -> Iterator[Kept | Dropped]:
     """One item per row of `source`, in its order; `counts.rows_in` is added to for each row the source gives.
 
     `seen` holds the digests of all kept texts and is added to (16 bytes a document plus the set's overhead,
@@ -112,7 +113,8 @@ def select(dataset: DatasetConfig, source: Source, seen: set[bytes], counts: Cou
         yield Kept(document, digest)
 
 
-def _judge_input(dataset: DatasetConfig, source: Source, counts: Counts) -> Iterator[tuple[Document | None, Bad | None]]:
+def _judge_input(dataset: DatasetConfig, source: Source,
+                 counts: Counts) -> Iterator[tuple[Document | None, Bad | None]]:
     """The source's rows, an id that comes a second time turned into a bad row."""
     ids: set[bytes] = set()  # only ids from a field can repeat; the others are positions
     for item in source.read():

@@ -55,9 +55,9 @@ class TokenizerConfig:
         """Raises DataError on values that cannot work."""
         if self.algorithm not in ("bpe", "unigram"):
             raise DataError(f"--algorithm={self.algorithm}: known are bpe and unigram.")
-        if self.vocab_size < 300:
+        if self.vocab_size < 270:
             raise DataError(
-                f"--vocab-size={self.vocab_size}: 260 pieces are bytes and special tokens alone; give 300 or "
+                f"--vocab-size={self.vocab_size}: 260 pieces are bytes and special tokens alone; give 270 or "
                 "more.")
         if self.sample_mb <= 0:
             raise DataError(f"--sample-mb={self.sample_mb}: give a number above 0.")

@@ -56,13 +56,13 @@ def split_rows(blocks: Iterator[bytes], separator: bytes,
                     pending, start, end, number)
                 number, skipping, start = number + 1, False, end + len(separator)
             del pending[:start]
-            if len(pending) > limit:  # forget it, but keep what may be the start of a separator
+            if len(pending) > limit + len(separator) - 1:  # forget it, but keep what may start a separator
                 skipping = True
                 del pending[:len(pending) - (len(separator) - 1)]
     except BrokenStream as error:
         yield number, error
         return
-    if skipping:
+    if skipping or len(pending) > limit:
         yield number, TooLong()
     elif pending:
         yield number, _row(pending, 0, len(pending), number)

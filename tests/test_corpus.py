@@ -1,0 +1,283 @@
+"""The corpus command: every kind of broken input, kills, filters, and the account of rows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpora import documents, files_of, jsonl, mixture, small_mixture
+
+from data_pipeline import corpus as corpus_command
+from data_pipeline import corpus_format, selection
+from data_pipeline.config import DatasetConfig
+from data_pipeline.corpus import build_corpus
+from data_pipeline.progress import Progress
+from data_pipeline.sources import open_source
+from nanollama.data.files import DataError
+
+BROKEN_LINES = {
+    b'{"text": "caf\xe9"}': "not UTF-8",
+    b'{"text": "cut': "broken JSON",
+    b'["a list"]': "not a JSON object",
+    b'{"txt": "a"}': "no field 'text'",
+    b'{"text": null}': "missing text",
+    b'{"text": 7}': "text is not a string",
+    b'{"text": " \\n "}': "empty text",
+    b'{"text": "a\\u0000b"}': "NUL character in the text",
+    b'{"text": "\\ud800"}': "lone surrogate in the text",
+    b"[" * 100_000: "broken JSON",  # nested too deep for the parser
+    b'{"text": "x", "n": ' + b"9" * 5000 + b"}": "broken JSON",  # an integer too long to convert
+    b'{"text": "' + b"x" * 200_000 + b'"}': "line over max_line_bytes",
+}
+
+
+def test_each_broken_line_is_named_counted_and_costs_nothing_else(tmp_path: Path, capsys: Any) -> None:
+    lines: list[bytes] = []
+    for line in BROKEN_LINES:
+        lines += [jsonl([f"good {len(lines)}"])[:-1], line]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
+    config = mixture(tmp_path / "mix.yaml",
+                     {"name": "set", "source": str(tmp_path / "rows.jsonl"), "max_line_bytes": 150_000})
+    manifest = build_corpus(config, tmp_path / "out")
+    row = manifest["datasets"][0]
+    assert row["rows_in"] == len(lines) and row["kept"] == len(BROKEN_LINES)
+    assert row["dropped"] == {
+        reason: list(BROKEN_LINES.values()).count(reason) for reason in BROKEN_LINES.values()
+    }
+    assert [one["text"]
+            for one in documents(tmp_path / "out")] == [f"good {2 * n}" for n in range(len(BROKEN_LINES))]
+    dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().split("\n")[:-1]]
+    assert [(one["place"], one["reason"]) for one in dropped] == [
+        (f"rows.jsonl:{2 * n + 2}", reason) for n, reason in enumerate(BROKEN_LINES.values())]
+    assert f"skipped {tmp_path}/rows.jsonl:2: not UTF-8 (byte 13 of the line is 0xe9)" in capsys.readouterr(
+    ).err
+    card = (tmp_path / "out" / "DATA_CARD.md").read_text()
+    assert "| set     | broken JSON " in card and "| 1 |" not in card.split("##")[0]
+
+
+def test_on_error_stop_and_too_much_loss(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(jsonl(["a good one"]) + b"oops\n" * 19)
+    dataset = {"name": "set", "source": str(path)}
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: broken JSON .*on_error: skip"):
+        build_corpus(mixture(tmp_path / "mix.yaml", {**dataset, "on_error": "stop"}), tmp_path / "out")
+    with pytest.raises(DataError, match=r"19 of 20 rows are dropped \(95.0%, allowed 90%\): broken JSON: 19"):
+        build_corpus(mixture(tmp_path / "mix.yaml", dataset), tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert build_corpus(mixture(tmp_path / "mix.yaml", {**dataset, "max_loss": 1.0}), tmp_path / "out")
+
+
+def test_an_empty_corpus_stops(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="no rows"):
+        build_corpus(mixture(tmp_path / "mix.yaml", {"name": "set", "source": str(path)}), tmp_path / "out")
+    path.write_bytes(jsonl(["short"]))
+    dataset = {
+        "name": "set", "source": str(path), "max_loss": 1.0,
+        "filters": [{"type": "length", "min_characters": 10}]
+    }
+    with pytest.raises(DataError, match=r"(?s)the corpus is empty.*shorter than 10 characters"):
+        build_corpus(mixture(tmp_path / "mix.yaml", dataset), tmp_path / "out")
+
+
+def test_filters_duplicates_and_ids(tmp_path: Path) -> None:
+    rows = [("1", "a text of some length"), ("2", "short"), ("3", "a text of some length"),
+            ("1", "an id again, new text"), ("4", "x" * 80), ("5", "a text of some length ")]
+    (tmp_path / "one.jsonl").write_bytes(b"".join(jsonl([text], key=key) for key, text in rows))
+    (tmp_path / "two.jsonl").write_bytes(jsonl(["a text of some length", "only in the second"]))
+    filters = [{"type": "length", "min_characters": 6, "max_characters": 50}, {"type": "exact_duplicate"}]
+    manifest = build_corpus(
+        mixture(tmp_path / "mix.yaml",
+                {"name": "one", "source": str(tmp_path / "one.jsonl"), "id_field": "key", "filters": filters},
+                {"name": "two", "source": str(tmp_path / "two.jsonl"), "filters": filters},
+                {"name": "three", "source": str(tmp_path / "two.jsonl")}), tmp_path / "out")
+    assert [row["dropped"] for row in manifest["datasets"]] == [{
+        "shorter than 6 characters": 1, "exact duplicate": 1, "duplicate id": 1,
+        "longer than 50 characters": 1
+    }, {"exact duplicate": 1}, {}]
+    assert [row["id"] for row in documents(tmp_path / "out")] == [
+        "one/1", "one/5", "two/two.jsonl:2", "three/two.jsonl:1", "three/two.jsonl:2"]
+
+
+def test_max_bytes_takes_an_even_sample_by_hash(tmp_path: Path) -> None:
+    texts = [f"document number {number} " + "y" * (number % 50) for number in range(2000)]
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(texts))
+    (tmp_path / "backwards.jsonl").write_bytes(jsonl(texts[::-1] + texts))
+    dataset = {"name": "set", "max_bytes": 20_000, "filters": [{"type": "exact_duplicate"}]}
+    kept = {}
+    for name in ("rows", "backwards"):
+        build_corpus(
+            mixture(tmp_path / f"{name}.yaml", {**dataset, "source": str(tmp_path / f"{name}.jsonl")}),
+            tmp_path / name)
+        kept[name] = [row["text"] for row in documents(tmp_path / name)]
+    assert 19_900 < sum(len(text.encode()) for text in kept["rows"]) <= 20_000
+    assert sorted(kept["rows"]) == sorted(kept["backwards"])  # the texts decide, not their order
+    numbers = [texts.index(text) for text in kept["rows"]]
+    assert numbers == sorted(
+        numbers) and 800 < sum(numbers) / len(numbers) < 1200  # order kept, evenly spread
+    head = {**dataset, "cap_order": "head", "source": str(tmp_path / "rows.jsonl")}
+    build_corpus(mixture(tmp_path / "head.yaml", head), tmp_path / "head")
+    first = [row["text"] for row in documents(tmp_path / "head")]
+    assert first == texts[:len(first)] and len("".join([*first, texts[len(first)]])) > 20_000
+
+
+def test_same_inputs_same_bytes_and_a_second_run_does_nothing(tmp_path: Path, monkeypatch: Any,
+                                                              capsys: Any) -> None:
+    monkeypatch.setattr(corpus_format, "SHARD_BYTES", 50_000)
+    config = small_mixture(tmp_path)
+    build_corpus(config, tmp_path / "a")
+    build_corpus(config, tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert len(list((tmp_path / "a" / "shards").iterdir())) > 6
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.json*")}
+    capsys.readouterr()
+    build_corpus(config, tmp_path / "a")
+    assert "nothing to do" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.json*")}
+    # one changed byte in the output is found and mended; one in the input gives another corpus
+    shard = tmp_path / "a" / "shards" / "part-00000.jsonl"
+    shard.write_bytes(shard.read_bytes().replace(b"one 0", b"one O"))
+    build_corpus(config, tmp_path / "a")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    (tmp_path / "one.jsonl").write_bytes((tmp_path / "one.jsonl").read_bytes() + jsonl(["one more"]))
+    assert build_corpus(config, tmp_path / "a")["datasets"][0]["kept"] == 401
+
+
+def test_stopped_anywhere_and_run_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(corpus_format, "SHARD_BYTES", 50_000)
+    config = small_mixture(tmp_path)
+    build_corpus(config, tmp_path / "whole")
+    wanted = files_of(tmp_path / "whole")
+    read = []
+    original = corpus_command.select
+
+    def counting(dataset: Any, *arguments: Any) -> Iterator[Any]:
+        read.append(dataset.name)
+        return original(dataset, *arguments)
+
+    class Killed(BaseException):
+        pass
+
+    for step in range(12):  # die at the n-th rename, whatever it moves
+        output = tmp_path / f"killed{step}"
+        with monkeypatch.context() as patch:
+            calls = {"left": step}
+            replace = os.replace
+
+            def dying(*arguments: Any, calls: dict[str, int] = calls, replace: Any = replace) -> None:
+                if calls["left"] == 0:
+                    raise Killed
+                calls["left"] -= 1
+                replace(*arguments)
+
+            patch.setattr(os, "replace", dying)
+            with pytest.raises(Killed):
+                build_corpus(config, output)
+        assert not (output / "manifest.json").exists()
+        with monkeypatch.context() as patch:
+            read.clear()
+            patch.setattr(corpus_command, "select", counting)
+            build_corpus(config, output)
+        assert files_of(output) == wanted, step
+        if step == 8:  # the first dataset was finished: it is not read again
+            assert read == ["two", "three"]
+
+
+def test_kill_9_and_a_second_run_at_the_same_time(tmp_path: Path) -> None:
+    config = small_mixture(tmp_path)
+    build_corpus(config, tmp_path / "whole")
+    command = [
+        sys.executable, "-m", "data_pipeline.corpus", f"--config={config}", f"--output={tmp_path / 'out'}"
+    ]
+    slow = ("import sys, time, data_pipeline.corpus as c, data_pipeline.corpus_format as f\n"
+            "original = f.ShardWriter.write\n"
+            "def write(self, document):\n"
+            "    original(self, document)\n"
+            "    print('writing', flush=True); time.sleep(0.01)\n"
+            "f.ShardWriter.write = write\n"
+            f"c.build_corpus({str(config)!r}, {str(tmp_path / 'out')!r})\n")
+    process = subprocess.Popen([sys.executable, "-c", slow],
+                               stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    for _ in range(20):
+        process.stdout.readline()
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 1 and f"in use by process {process.pid}" in second.stderr
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert "| total" in done.stdout and "1,200" in done.stdout
+
+
+def test_analyze_only_writes_nothing_and_limit_reads_little(tmp_path: Path) -> None:
+    config = small_mixture(tmp_path)
+    manifest = build_corpus(config, tmp_path / "out", analyze_only=True)
+    assert [row["kept"] for row in manifest["datasets"]] == [400, 400, 400]
+    assert not (tmp_path / "out").exists()
+    limited = build_corpus(config, tmp_path / "out", limit_mb=0.01)
+    assert [row["bytes"]
+            for row in limited["datasets"]] <= [10_000] * 3 and limited["datasets"][0]["kept"] == 32
+    with pytest.raises(DataError, match="above 0"):
+        build_corpus(config, tmp_path / "out", limit_mb=0)
+
+
+def check_account(select: Any, tmp_path: Path) -> None:
+    """Rows in = kept + dropped, for a file with good, broken, short and repeated rows."""
+    rows = jsonl(["a good text", "no", "a good text", "another"]) + b"broken\n"
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    dataset = DatasetConfig("set", str(tmp_path / "rows.jsonl"), 1.0,
+                            filters=({"type": "length", "min_characters": 3}, {"type": "exact_duplicate"}))
+    counts = selection.Counts()
+    for item in select(dataset, open_source(dataset), set(), counts):
+        counts.add(item)
+    counts.check(dataset)
+    assert counts.rows_in == 5 and counts.kept == 2
+
+
+def test_the_account_catches_a_lost_row(tmp_path: Path) -> None:
+    check_account(selection.select, tmp_path)
+
+    def loses_duplicates(*arguments: Any) -> Iterator[Any]:
+        return (item for item in selection.select(*arguments)
+                if getattr(item, "reason", "") != selection.DUPLICATE)
+
+    def loses_the_last(*arguments: Any) -> Iterator[Any]:
+        return iter(list(selection.select(*arguments))[:-1])
+
+    for mutant in (loses_duplicates, loses_the_last):
+        with pytest.raises(DataError, match="rows are lost"):
+            check_account(mutant, tmp_path)
+
+
+def test_a_missing_or_changed_corpus_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no finished corpus there.*data_pipeline\.corpus --config"):
+        corpus_format.read_manifest(tmp_path)
+    build_corpus(small_mixture(tmp_path), tmp_path / "out")
+    shard = tmp_path / "out" / "shards" / "part-00001.jsonl"
+    shard.write_bytes(shard.read_bytes().replace(b"two 7 ", b"two 8 "))
+    with pytest.raises(DataError, match=r"part-00001\.jsonl: changed since it was made"):
+        documents(tmp_path / "out")
+    shard.unlink()
+    with pytest.raises(DataError, match="missing"):
+        documents(tmp_path / "out")
+
+
+def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys: Any) -> None:
+    with Progress("corpus") as progress:
+        progress.update("code", 0.25, "1 MB")
+        progress.update("code", 1.0, "4 MB", force=True)
+        progress._next = time.monotonic() - 1
+        progress.update("prose", None, "1 MB")
+    assert capsys.readouterr().err == "corpus: code 100% 4 MB\ncorpus: prose 1 MB\n"
