@@ -71,7 +71,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
         return next((by_name[tail] for tail in tails if tail in by_name), everywhere)
 
     of_optimizer = jax.tree_util.tree_map_with_path(beside_parameter, abstract.opt_state)
-    return TrainState(everywhere, of_params, of_optimizer)
+    return abstract.replace(step=everywhere, params=of_params, opt_state=of_optimizer)
 
 
 def logical_axes(model: ModelConfig) -> Any:
