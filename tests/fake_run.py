@@ -87,7 +87,7 @@ def make_pipeline(folder: Path, **changes: Any) -> Path:
         "kind": "sentencepiece", "algorithm": "bpe", "sha256": TOKENIZER_SHA, "vocab_size": 8192})
     write_json(folder / "packed" / "manifest.json", {
         "kind": "packed", "dataset_id": DATASET_ID, "tokenizer": {"sha256": TOKENIZER_SHA}, "record_length": 512,
-        "corpus": {"path": str(folder / "corpus"), "manifest_sha256": "77ae" * 16},
+        "corpus": {"path": "../corpus", "manifest_sha256": "77ae" * 16},
         "splits": {"train": {"records": 18_160, "tokens": 9_294_000, "padding": 3_900, "documents": 30_500},
                    "validation": {"records": 355, "tokens": 181_300, "padding": 460, "documents": 640}},
         "source_counts": {"train": {name: {"documents": documents, "characters": characters, "tokens":
@@ -101,6 +101,9 @@ def make_pipeline(folder: Path, **changes: Any) -> Path:
             "stage": name, "state": "done", "key": "k", "seconds": spent, "attempts": 2 if name == "train" else 1,
             "command": ["/usr/bin/python3.12", "-m", f"nanollama.{name}", "--workdir=runs/quickstart/train"],
             "started": f"2026-01-01T00:0{index}:00+0000", "outputs": {}})
+    write_json(folder / "stages" / "report.json", {
+        "stage": "report", "state": "running", "seconds": 0.1, "started": "2026-01-01T00:09:00+0000",
+        "command": ["python", "-m", "nanollama.experiments.report", "--run=runs/quickstart"]})
     write_json(folder / "stages" / "hashes.json", {"/some/file": [1, 2, "3"]})
     return folder
 

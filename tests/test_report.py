@@ -87,7 +87,7 @@ def pipeline(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(pipeline, tmp_path) -> Path:
     """The pipeline's directory to change; its config still names the data of the original."""
-    return Path(shutil.copytree(pipeline, tmp_path / "work"))
+    return Path(shutil.copytree(pipeline, tmp_path / "copy"))
 
 
 def test_a_whole_run_shows_every_part(pipeline):
@@ -107,8 +107,8 @@ def test_a_whole_run_shows_every_part(pipeline):
     ("evaluation", "No evaluation has been run"), ("samples", "Not measured: no samples"),
     ("stages", "Not measured: this run was not started by a pipeline"),
     ("train/metrics.jsonl", "Not measured: the run has logged no step"),
-    ("train/config.json", "Not measured: config.json is absent"), ("train/environment.json", "environment"),
-    ("train/lineage.json", "lineage")])
+    ("train/config.json", "Not measured: config.json is absent"),
+    ("train/environment.json", "Not measured Environment"), ("train/lineage.json", "Not measured Lineage")])
 def test_what_is_absent_is_said_and_the_rest_is_shown(copy, absent, said):
     path = copy / absent
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -220,6 +220,12 @@ def test_links_that_do_not_fit_are_warned_of(copy):
     assert "belongs to tokenizer 8c1f8c1f8c1f, but the run used ffffffffffff" in text
 
 
+def test_a_stage_that_failed_is_warned_of(copy):
+    marker = json.loads((copy / "stages/evaluate.json").read_text())
+    write_json(copy / "stages/evaluate.json", {**marker, "state": "failed"})
+    assert "Stage evaluate is not done: failed." in check_inert(build(copy)).text
+
+
 def test_overfitting_and_an_older_checkpoint_are_warned_of(copy):
     with open(copy / "train/metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 1200, "kind": "validation", "nll": 4.0}) + "\n")
@@ -245,7 +251,7 @@ def test_pipeline_and_its_run_folder_give_the_same_page(pipeline):
 def test_home_directories_do_not_leave_the_machine(copy, monkeypatch):
     monkeypatch.setenv("HOME", str(copy.parent))
     text = build(copy)
-    assert str(copy.parent) not in text and "~/work/train" in text
+    assert str(copy.parent) not in text and "~/copy/train" in text
 
 
 # What a browser makes of it: a script put into the page looks around and tells the page it is framed in.

@@ -117,9 +117,9 @@ def read_rows(mixture: Mixture, keys: Sequence[RowKey | None]) -> HostBatch:
             member = mixture.sets[key.set]
             where = f"{member.packed.directory}, split {mixture.split}, records {list(_records(member, key))}"
             raise DataError(f"{where}: no token to learn. Drop such documents and pack again.")
-    source_ids_BT, weights_BT = arrays.pop("source_ids"), arrays["weights"]
-    source_tokens = np.bincount(source_ids_BT.ravel(), weights_BT.ravel(), len(mixture.sources))
-    return HostBatch(arrays, arrays.pop("segment_ids"), source_ids_BT, source_tokens.astype(np.int64))
+    source_tokens = np.bincount(arrays["source_ids"].ravel(), arrays["weights"].ravel(), len(mixture.sources))
+    return HostBatch({name: arrays[name] for name in DEVICE_ARRAYS}, arrays["segment_ids"],
+                     arrays["source_ids"], source_tokens.astype(np.int64))
 
 
 def validation_batches(mixture: Mixture, *, global_batch: int, host: int = 0, hosts: int = 1,

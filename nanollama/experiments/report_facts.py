@@ -89,6 +89,9 @@ def held_out(files: RunFiles) -> dict[str, Any] | None:
         return None
     rows = [_held_out_row(str(name), row) for name, row in part(found, "sources").items()]
     rows.sort(key=lambda row: -(row["tokens"] or 0))
+    prefixes = {row["name"].partition("/")[0] if "/" in row["name"] else None for row in rows}
+    if len(prefixes) == 1 and None not in prefixes:  # sources of one packed set need not name it
+        rows = [{**row, "name": row["name"].partition("/")[2]} for row in rows]
     checkpoint = part(found, "checkpoint")
     return {"stage": stage, "data": public(str(found.get("data") or "")), "split": found.get("split"),
             "window": figure(found, "window"), "stride": figure(found, "stride"),
@@ -160,7 +163,7 @@ def stages(files: RunFiles) -> dict[str, Any] | None:
     rows = [{"name": marker["name"], "seconds": figure(marker, "seconds"),
              "attempts": figure(marker, "attempts") or 1, "command": command(marker["command"]),
              "state": marker.get("state", "done")}
-            for marker in files.stages()]
+            for marker in files.stages() if not marker["this"]]  # still running while its page is written
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     return {"rows": rows, "total": sum(known), "longest": max(known, default=0.0)} if rows else None
 
@@ -175,7 +178,7 @@ def command(words: Any) -> str:
 
 def commands(files: RunFiles) -> list[tuple[str, str]]:
     """How to talk to the model, and what makes this run again: (title, shell line)."""
-    rows = [(row["name"], row["command"]) for row in (stages(files) or {"rows": []})["rows"]]
+    rows = [(marker["name"], command(marker["command"])) for marker in files.stages()]
     run = public_path(files.run)
     if not rows:
         arguments = [line[2:] for line in files.config_as_given.splitlines() if line.startswith("# --config")]
@@ -215,7 +218,7 @@ def recipe(config: Config | None) -> list[tuple[str, str]]:
     rate = [schedule.name.upper() if schedule.name == "wsd" else schedule.name]
     rate += [f"{schedule.warmup_steps:,} steps of warm-up"] if schedule.warmup_steps else []
     if schedule.name == "wsd":
-        rate += [f"the last {schedule.decay_steps:,} decay ({schedule.decay_shape.replace('_', ' ')})"]
+        rate += [f"decay over the last {schedule.decay_steps:,} ({schedule.decay_shape.replace('_', ' ')})"]
     return [
         ("Optimizer", f"{name}, betas {optimizer.b1:g} and {optimizer.b2:g}, weight decay "
                       f"{optimizer.weight_decay:g}"),

@@ -68,14 +68,15 @@ class RunFiles:
         return next((found for place in places if (found := self.mapping(place)) is not None), None)
 
     def stages(self) -> list[dict[str, Any]]:
-        """Markers of the pipeline's stages, in the order they were started."""
+        """Markers of the pipeline's stages, in the order they were started; "this" is the one that reports."""
         folder = self.workdir / "stages"
         markers = []
         for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
             marker = self.mapping(path) or {}
             if isinstance(marker.get("command"), (list, tuple)):
                 name = marker.get("stage") or marker.get("name") or path.stem
-                markers.append({**marker, "name": str(name), "path": path})
+                this = "nanollama.experiments.report" in map(str, marker["command"])
+                markers.append({**marker, "name": str(name), "path": path, "this": this})
         return sorted(markers, key=lambda row: (str(row.get("started", "")), row["path"].stat().st_mtime))
 
     def tokenizer(self) -> tuple[Path | None, dict[str, Any]]:
@@ -95,7 +96,7 @@ class RunFiles:
 
     def corpora(self) -> list[tuple[Path, dict[str, Any]]]:
         """Directories and manifests of the corpora the packed sets were made from."""
-        places = [Path(corpus["path"]) for _, manifest in self.packed_sets()
+        places = [place / corpus["path"] for place, manifest in self.packed_sets()
                   if isinstance(corpus := manifest.get("corpus"), dict) and corpus.get("path")]
         places = list(dict.fromkeys([*places, self.workdir / "corpus"]))
         found = [(place, manifest) for place in places if (manifest := self.mapping(place / "manifest.json"))]

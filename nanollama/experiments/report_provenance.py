@@ -118,6 +118,8 @@ def _about_training(files: RunFiles, facts: Mapping[str, Any]) -> list[str]:
     if done["step"] is not None and done["steps"] and not done["complete"]:
         found.append(f"The run is not finished: the last step logged is {done['step']:,} of "
                      f"{done['steps']:,}.")
+    stages = facts["stages"]["rows"] if facts["stages"] else []
+    found += [f"Stage {row['name']} is not done: {row['state']}." for row in stages if row["state"] != "done"]
     return found + [
         f"Source {row['name']} was seen {row['epochs']:.1f} times: past about {USEFUL_EPOCHS} epochs, "
         "repeated text teaches little (arXiv:2305.16264)."

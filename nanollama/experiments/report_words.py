@@ -4,6 +4,7 @@ Owns wording. Takes the facts as they are; knows nothing of files (but the texts
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -185,10 +186,11 @@ def integer(value: float) -> str:
 
 
 def significant(value: float) -> str:
-    """Four digits, an exponent only for the very large and the very small: 21.34, 0.5312, 12,345, 1.2e-05."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.2e}"
-    return f"{value:.4g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
+    """Four digits, an exponent only for the very large and the very small: 242.0, 21.34, 12,345, 1.2e+10."""
+    size = abs(value)
+    if not 1e-3 <= size < 1e9:
+        return f"{value:.3g}"
+    return f"{value:,.{max(3 - math.floor(math.log10(size)), 0)}f}"
 
 
 def percent(value: float) -> str:
@@ -197,4 +199,5 @@ def percent(value: float) -> str:
 
 
 FORMATS = {"si": si, "integer": integer, "significant": significant, "percent": percent, "duration": duration,
+           "short": lambda value: f"{value:.4g}" if abs(value) < 1000 else significant(value),
            "times": lambda value: f"{value:.2f}×", "three": lambda value: f"{value:.3f}"}
