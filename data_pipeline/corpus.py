@@ -166,13 +166,15 @@ def _put_in_place(output: Path, work: Path, head: dict[str, Any], mixture: Mixtu
         raise DataError(
             f"{output}: the corpus is empty: no document of any dataset was kept.\n"
             f"{cards.drops_table(manifest)}\nCheck text_field, format and filters of the mixture.")
-    dropped = b"".join((work / "state" / f"{index:03d}.dropped").read_bytes() for index in range(len(parts)))
     (output / corpus_format.MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(output / corpus_format.SHARDS, ignore_errors=True)
     os.replace(work / corpus_format.SHARDS, output / corpus_format.SHARDS)
-    write_atomic(output / corpus_format.DROPPED, dropped)
-    manifest["dropped"] = {"path": corpus_format.DROPPED, "rows": dropped.count(b"\n"),
-                           "sha256": sha256_file(output / corpus_format.DROPPED)}
+    with open(work / corpus_format.DROPPED, "wb") as dropped:
+        for index in range(len(parts)):
+            with open(work / "state" / f"{index:03d}.dropped", "rb") as part:
+                shutil.copyfileobj(part, dropped)
+    os.replace(work / corpus_format.DROPPED, output / corpus_format.DROPPED)
+    manifest["dropped"] = {"path": corpus_format.DROPPED, "sha256": sha256_file(output / corpus_format.DROPPED)}
     write_atomic(output / corpus_format.CARD, cards.corpus_card(manifest))
     write_json(output / corpus_format.MANIFEST, manifest)
     shutil.rmtree(output / WORK, ignore_errors=True)

@@ -118,11 +118,12 @@ def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest
         (work / name).mkdir(exist_ok=True)
     tasks = [
         ShardTask(os.fspath(corpus), shard, tuple(sources), os.fspath(tokenizer.directory), tokenizer.sha256,
-                  config.validation_fraction, config.seed, str(work / "tokens" / f"{index:05d}"))
+                  config.seed, str(work / "tokens" / f"{index:05d}"))
         for index, shard in enumerate(corpus_manifest["shards"])
     ]
     with Progress("pack") as progress:
-        documents = _tokenize(tasks, workers, progress)
+        _tokenize(tasks, workers, progress)
+        documents = load_documents(tasks, config.validation_fraction)
         _check_split_sizes(documents, config)
         store = TokenStore(tasks, documents, token_dtype(tokenizer.vocab_size))
         files, splits = [], {}
@@ -147,7 +148,7 @@ def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest
     return manifest
 
 
-def _tokenize(tasks: list[ShardTask], workers: int, progress: Progress) -> Documents:
+def _tokenize(tasks: list[ShardTask], workers: int, progress: Progress) -> None:
     total = sum(task.shard["documents"] for task in tasks)
     documents = tokens = 0
     for more_documents, more_tokens in run_tasks(tokenize_shard, tasks, workers):
@@ -156,18 +157,13 @@ def _tokenize(tasks: list[ShardTask], workers: int, progress: Progress) -> Docum
                         documents / max(total, 1),
                         f"{tokens / 1e6:.2f} M tokens",
                         force=documents == total)
-    return load_documents(tasks)
 
 
 def _check_split_sizes(documents: Documents, config: PackConfig) -> None:
-    held_out, count = int(documents.validation.sum()), len(documents.tokens)
-    if held_out == count:
-        raise DataError(f"all {count} documents fall into the validation split. Lower --validation-fraction "
-                        f"(it is {config.validation_fraction}), change --seed, or add documents.")
-    if config.validation_fraction > 0 and held_out == 0:
+    if documents.validation.all():
         raise DataError(
-            f"none of {count} documents falls into the validation split. Raise --validation-fraction "
-            f"(it is {config.validation_fraction}), change --seed, add documents, or set it to 0.")
+            f"all {len(documents.tokens)} documents fall into the validation split. Lower --validation-fraction "
+            f"(it is {config.validation_fraction}; 0 holds nothing out), change --seed, or add documents.")
 
 
 def _pack_split(split: str, documents: Documents, store: TokenStore, config: PackConfig, directory: Path,

@@ -64,37 +64,40 @@ class TokenStore:
         return tokens[int(ends[index - 1]) if index else 0:int(ends[index])]
 
 
-def load_documents(tasks: list[ShardTask]) -> Documents:
+def load_documents(tasks: list[ShardTask], validation_fraction: float) -> Documents:
     """The documents of all shards, each with its split.
 
-    The shards' own answer stands, except that a text equal to a derived one follows the first of those: equal
-    texts are in one split, and derived texts are where their origin is.
+    Held out are the documents whose place is below the fraction; in a corpus so small that there is none, the
+    lowest. A text equal to a derived one follows the first of those: equal texts are in one split, and derived
+    texts are where their origin is.
     """
-    names = ("tokens", "source", "validation", "bytes", "characters")
+    names = ("tokens", "source", "place", "bytes", "characters")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    derived: dict[str, bool] = {}
+    derived: dict[str, float] = {}
     for task in tasks:
-        table = pyarrow.parquet.read_table(task.table_path, columns=["sha256", "validation", "derived"])
+        table = pyarrow.parquet.read_table(task.table_path, columns=["sha256", "place", "derived"])
         for row in table.filter(table.column("derived")).to_pylist():
-            derived.setdefault(row["sha256"], row["validation"])
+            derived.setdefault(row["sha256"], row["place"])
     texts = pyarrow.array(derived, pyarrow.string())
-    flags = np.fromiter(derived.values(), bool, len(derived))
+    places = np.fromiter(derived.values(), np.float64, len(derived))
     for task in tasks:
         table = pyarrow.parquet.read_table(task.table_path, columns=[*names, "sha256"])
         for name in names:
             columns[name].append(table.column(name).to_numpy())
         if derived:
             found = pyarrow.compute.index_in(table.column("sha256"), value_set=texts).fill_null(-1).to_numpy()
-            columns["validation"][-1] = np.where(found >= 0, flags[found], columns["validation"][-1])
+            columns["place"][-1] = np.where(found >= 0, places[found], columns["place"][-1])
     count = sum(len(column) for column in columns["tokens"])
     if count >= 1 << 32:
         raise DataError(
             f"{count} documents, a packed set holds at most {(1 << 32) - 1}. Pack the corpus in parts.")
     whole = {name: np.concatenate(columns[name]) for name in names}
+    validation = whole["place"] < validation_fraction
+    if validation_fraction > 0 and not validation.any():
+        validation = whole["place"] == whole["place"].min()
     return Documents(
-        tokens=whole["tokens"], sources=whole["source"], validation=whole["validation"].astype(bool),
-        bytes=whole["bytes"], characters=whole["characters"],
-        first=np.cumsum([0, *(len(column) for column in columns["tokens"])]),
+        tokens=whole["tokens"], sources=whole["source"], validation=validation, bytes=whole["bytes"],
+        characters=whole["characters"], first=np.cumsum([0, *(len(column) for column in columns["tokens"])]),
         record=np.zeros(count, np.uint32), segment=np.zeros(count, np.uint32))
 
 

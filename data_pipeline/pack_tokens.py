@@ -25,7 +25,7 @@ BATCH_CHARACTERS = 4_000_000  # encoded together; bounds memory
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 TABLE = pyarrow.schema([
     ("doc_id", pyarrow.string()), ("source", pyarrow.uint16()),
-    ("validation", pyarrow.bool_()), ("derived", pyarrow.bool_()),
+    ("place", pyarrow.float64()), ("derived", pyarrow.bool_()),
     ("tokens", pyarrow.uint32()), ("bytes", pyarrow.uint64()), ("characters", pyarrow.uint64()),
     ("sha256", pyarrow.string()), ("meta", pyarrow.string())])
 
@@ -39,7 +39,6 @@ class ShardTask:
     sources: tuple[str, ...]
     tokenizer: str
     tokenizer_sha256: str
-    validation_fraction: float
     seed: int
     output: str  # path of the result without suffix
 
@@ -95,14 +94,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def is_validation(digest: bytes, meta: dict[str, Any], fraction: float, seed: int) -> bool:
-    """Whether a document is held out: by a hash of its text, so that equal texts land in the same split.
+def place(digest: bytes, meta: dict[str, Any], seed: int) -> float:
+    """A document's place in [0, 1); the lowest are held out. A hash of its text, so that equal texts go together.
 
     A text made from another document (docstrings from their source file) goes where that document goes, or it
     would be read in training.
     """
     key = bytes.fromhex(meta["derived_from"]) if is_derived(meta) else digest
-    return hash_fraction(key, seed, "validation") < fraction
+    return hash_fraction(key, seed, "validation")
 
 
 def is_derived(meta: dict[str, Any]) -> bool:
@@ -129,7 +128,7 @@ def _encode(batch: list[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype, 
         file.write(ids.astype(dtype).tobytes())
         rows.append({
             "doc_id": row["id"], "source": task.sources.index(row["source"]),
-            "validation": is_validation(digest, row["meta"], task.validation_fraction, task.seed),
+            "place": place(digest, row["meta"], task.seed),
             "derived": is_derived(row["meta"]),
             "tokens": len(ids), "bytes": len(encoded), "characters": len(row["text"]), "sha256": digest.hex(),
             "meta": json.dumps(row["meta"], ensure_ascii=False, sort_keys=True)})

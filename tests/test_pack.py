@@ -139,7 +139,7 @@ def test_a_document_is_in_exactly_one_split(room: Path, packed: Path, tmp_path: 
     # mutant: the split decided by position instead of by text lets a repeated text into both
     calls = iter(range(1 << 30))
     with monkeypatch.context() as patch:
-        patch.setattr(pack_tokens, "is_validation", lambda *arguments: next(calls) % 10 == 0)
+        patch.setattr(pack_tokens, "place", lambda *arguments: next(calls) % 10 / 10)
         pack(room, tmp_path / "mutant")
     with pytest.raises(AssertionError):
         check_splits(texts_of(tmp_path / "mutant", room))
@@ -261,11 +261,12 @@ def test_other_inputs_make_another_set_and_damage_is_named(room: Path, tmp_path:
 def test_settings_that_cannot_work(room: Path, tmp_path: Path) -> None:
     for changes, words in [({"record_length": 4}, "8 to 65536"),
                            ({"validation_fraction": 1.5}, r"in \[0, 1\)"),
-                           ({"validation_fraction": 1e-9}, "none of .* falls into the validation split"),
                            ({"validation_fraction": 0.99999999}, "all .* fall into the validation split")]:
         with pytest.raises(DataError, match=words):
             pack(room, tmp_path / "out", **changes)
     assert pack(room, tmp_path / "out", validation_fraction=0.0)["splits"]["validation"]["records"] == 0
+    # a share of less than one document still holds one out
+    assert pack(room, tmp_path / "out", validation_fraction=1e-9)["splits"]["validation"]["documents"] == 1
     with pytest.raises(DataError, match="no finished corpus"):
         build_packed(tmp_path, room / "tokenizer", tmp_path / "out", record_length=64)
 
