@@ -41,7 +41,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "config"
             where,
             f"expected a mapping of fields, got {mapping!r}",
             f"Fields of {cls.__name__}: " + ", ".join(field.name for field in dataclasses.fields(cls)) + ".",
-        )  # type: ignore[arg-type]
+        )
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values = {}

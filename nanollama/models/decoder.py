@@ -87,11 +87,9 @@ class Block(nn.Module):
             q_BTHK = apply_rope(q_BTHK, context.cos_BTC, context.sin_BTC)
             k_BSGK, v_BSGK = apply_rope(k_BTGK, context.cos_BTC, context.sin_BTC), v_BTGK
             if cache_BSGK is not None:
-                k_BSGK, v_BSGK = cache_BSGK = tuple(  # type: ignore[assignment]
-                    jax.lax.dynamic_update_slice_in_dim(
-                        old, new.astype(old.dtype), context.mask.query_start, axis=1
-                    )
-                    for old, new in zip(cache_BSGK, (k_BSGK, v_BSGK), strict=True)
+                k_BSGK, v_BSGK = cache_BSGK = (
+                    _write(cache_BSGK[0], k_BSGK, context.mask.query_start),
+                    _write(cache_BSGK[1], v_BSGK, context.mask.query_start),
                 )
             a_BTHK = attend(
                 q_BTHK,
@@ -139,7 +137,9 @@ class Decoder(nn.Module):
                 (D, V),
                 jnp.float32,
             )
-        x_BTD = constrain(embedding_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
+        # Whole rows before the lookup: a gather from rows cut over fsdp makes XLA replicate its result and gradient.
+        rows_VD = constrain(embedding_VD, "vocab", "activation_embed")
+        x_BTD = constrain(rows_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
         cos_BTC, sin_BTC = rope_tables(positions_BT, m.head_dim, m.rope_theta)
         context = Context(
             cos_BTC, sin_BTC, MaskSpec(first_key_BT, None if cache is None else cache.write_index)
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         keys_values = None if cache is None else (cache.k_LBSGK, cache.v_LBSGK)
         x_BTD, keys_values = layers(x_BTD, keys_values, context)
         if cache is not None:
-            cache = Cache(*keys_values, cache.write_index + tokens_BT.shape[1])
+            cache = Cache(keys_values[0], keys_values[1], cache.write_index + tokens_BT.shape[1])
         scale_D = self.param(
             "final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (D,), jnp.float32
         )
@@ -170,6 +170,10 @@ def init_params(decoder: Decoder, seed: int) -> Any:
     """Fresh parameters in Linen's boxes, which carry the logical axes (see `training.state`)."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return decoder.init(jax.random.key(seed), tokens, tokens, tokens)["params"]
+
+
+def _write(cache_BSGK: jax.Array, new_BTGK: jax.Array, index: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache_BSGK, new_BTGK.astype(cache_BSGK.dtype), index, axis=1)
 
 
 def _stack(model: ModelConfig, compute: ComputeConfig) -> Any:

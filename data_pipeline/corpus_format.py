@@ -1,0 +1,113 @@
+"""The corpus directory on disk: JSONL shards and their manifest, written once and read by later stages.
+
+Owns the bytes of a shard line and the check that a shard is still what the manifest says. Knows nothing of
+sources, filters or tokens.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_pipeline.documents import Document
+from nanollama.data.files import DataError, read_json, sha256_file
+
+MANIFEST, CARD, DROPPED, SHARDS = "manifest.json", "DATA_CARD.md", "dropped.jsonl", "shards"
+SHARD_BYTES = 64_000_000
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One finished shard file, path relative to the corpus directory."""
+
+    path: str
+    bytes: int
+    sha256: str
+    documents: int
+    dataset: str
+
+
+class ShardWriter:
+    """Writes documents of one dataset to numbered shards; a shard gets its name only when it is whole."""
+
+    def __init__(self, directory: Path, first: int, dataset: str):
+        self.directory, self.dataset = directory, dataset
+        self.shards: list[Shard] = []
+        self._number = first
+        self._file: BinaryIO | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def write(self, document: Document) -> None:
+        """Append one document."""
+        row = {"id": f"{self.dataset}/{document.id}", "text": document.text, "source": self.dataset,
+               "meta": document.meta}
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        if self._file is None:
+            self._file = open(self._path(".tmp"), "wb")  # noqa: SIM115 (lives from one write to the next)
+            self._hash, self._bytes, self._documents = hashlib.sha256(), 0, 0
+        self._file.write(line)
+        self._hash.update(line)
+        self._bytes += len(line)
+        self._documents += 1
+        if self._bytes >= SHARD_BYTES:
+            self.finish()
+
+    def finish(self) -> None:
+        """Close the shard at hand and give it its name."""
+        if self._file is None:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._path(".tmp"), self._path(""))
+        self.shards.append(Shard(f"{SHARDS}/{self._path('').name}", self._bytes, self._hash.hexdigest(),
+                                 self._documents, self.dataset))
+        self._number, self._file = self._number + 1, None
+
+    def _path(self, suffix: str) -> Path:
+        return self.directory / f"part-{self._number:05d}.jsonl{suffix}"
+
+
+def read_manifest(corpus: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    """(manifest, its SHA-256) of a finished corpus directory. Errors: DataError says how to make it."""
+    path = Path(corpus) / MANIFEST
+    make = f"Make it with: python -m data_pipeline.corpus --config=MIXTURE.yaml --output={corpus}"
+    if not path.exists():
+        raise DataError(f"{corpus}: no finished corpus there ({MANIFEST} is missing). {make}")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("kind") != "corpus":
+        raise DataError(f"{path}: not the manifest of a corpus. {make}")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: schema version {manifest.get('schema_version')}, not {SCHEMA_VERSION}. {make}"
+        )
+    return manifest, sha256_file(path)
+
+
+def read_shard(corpus: str | os.PathLike[str], shard: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of one shard, checked against the manifest's hash by the end. Errors: DataError."""
+    path = Path(corpus) / shard["path"]
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for line in file:  # a binary file splits at \n only
+                digest.update(line)
+                yield json.loads(line)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: missing, but the corpus manifest lists it. Delete {corpus}/{MANIFEST} and run "
+            "data_pipeline.corpus again.") from error
+    except ValueError as error:
+        raise DataError(_changed(path, corpus, f"a line is not JSON: {error}")) from error
+    if digest.hexdigest() != shard["sha256"]:
+        raise DataError(
+            _changed(path, corpus, f"SHA-256 is {digest.hexdigest()}, the manifest says {shard['sha256']}"))
+
+
+def _changed(path: Path, corpus: str | os.PathLike[str], what: str) -> str:
+    return (f"{path}: changed since it was made ({what}). Delete {corpus}/{MANIFEST} and run "
+            "data_pipeline.corpus again.")

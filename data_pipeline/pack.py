@@ -1,0 +1,245 @@
+"""`python -m data_pipeline.pack --corpus=DIR --tokenizer=DIR --output=DIR --record-length=N`: pack a corpus.
+
+Owns the order of the work: tokenize shards (in processes; a finished shard is not done again after a kill),
+split by document, pack, write, read everything back and compare, put in place with the manifest last. The
+same inputs give the same bytes for any number of workers.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import cards, pack_card
+from data_pipeline.corpus_format import read_manifest
+from data_pipeline.pack_records import (
+    SPLITS,
+    WINDOW_DOCUMENTS,
+    Documents,
+    TokenStore,
+    check_split,
+    load_documents,
+    write_documents,
+    write_split,
+)
+from data_pipeline.pack_tokens import ShardTask, token_dtype, tokenize_shard
+from data_pipeline.progress import Progress
+from data_pipeline.stage import (
+    WORK,
+    code_version,
+    command,
+    disk_full_explained,
+    finished,
+    require_space,
+    work_directory,
+)
+from data_pipeline.workers import run_tasks
+from nanollama.data.files import DataError, Lock, sha256_json, write_atomic, write_json
+from nanollama.data.packed import DOCUMENTS_FILE, MANIFEST_FILE, SCHEMA_VERSION, dataset_id
+from nanollama.data.tokenizer import Tokenizer
+
+STAGE_VERSION = 1  # raise it when the same inputs would give other bytes
+CARD_FILE = "DATA_CARD.md"
+LONGEST_RECORD = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class PackConfig:
+    """Everything besides corpus and tokenizer that decides a packed set's bytes."""
+
+    record_length: int
+    validation_fraction: float
+    seed: int
+
+    def check(self) -> None:
+        """Raises DataError on values that cannot work."""
+        if not 8 <= self.record_length <= LONGEST_RECORD:
+            raise DataError(f"--record-length={self.record_length}: give 8 to {LONGEST_RECORD}.")
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(
+                f"--validation-fraction={self.validation_fraction}: give a number in [0, 1), such as 0.02.")
+
+
+def build_packed(corpus: str | os.PathLike[str],
+                 tokenizer: str | os.PathLike[str],
+                 output: str | os.PathLike[str],
+                 *,
+                 record_length: int,
+                 validation_fraction: float | None = None,
+                 seed: int | None = None,
+                 workers: int = 1) -> dict[str, Any]:
+    """Pack `corpus` with `tokenizer` into `output`; returns the set's manifest.
+
+    `validation_fraction` and `seed` default to the mixture's `validation`. Errors: DataError.
+    """
+    corpus_manifest, corpus_sha256 = read_manifest(corpus)
+    frozen = Tokenizer.load(tokenizer)
+    validation = corpus_manifest["mixture"]["config"]["validation"]
+    config = PackConfig(record_length,
+                        validation["ratio"] if validation_fraction is None else validation_fraction,
+                        validation["seed"] if seed is None else seed)
+    config.check()
+    output = Path(output)
+    fingerprint = sha256_json({"stage": "pack", "version": STAGE_VERSION, "corpus": corpus_sha256,
+                               "tokenizer": frozen.sha256, "config": dataclasses.asdict(config)})
+    with Lock(output), disk_full_explained(output):
+        done = finished(output, MANIFEST_FILE, fingerprint, lambda manifest: manifest["files"])
+        if done is not None:
+            print(f"{output}: up to date, nothing to do", file=sys.stderr)
+            return done
+        text_bytes = sum(row["bytes"] for row in corpus_manifest["datasets"])
+        item = token_dtype(frozen.vocab_size).itemsize
+        require_space(output, int(0.8 * item * text_bytes),
+                      "packing")  # tokens and records, at 2.5 bytes a token or more
+        work = work_directory(output, fingerprint)
+        head: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION, "kind": "packed", "dataset_id": "", "fingerprint": fingerprint,
+            "code": code_version(), "tokenizer": {
+                name: getattr(frozen, name)
+                for name in ("sha256", "normalized_sha256", "vocab_size", "bos_id", "eos_id", "pad_id")
+            }, "corpus": {"path": os.path.relpath(corpus, output), "manifest_sha256": corpus_sha256}
+        }
+        manifest = _build(head, corpus, corpus_manifest, frozen, config, work, workers)
+        _put_in_place(output, work, manifest)
+        return manifest
+
+
+def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest: dict[str, Any],
+           tokenizer: Tokenizer, config: PackConfig, work: Path, workers: int) -> dict[str, Any]:
+    """Everything up to the manifest, in `work`."""
+    sources = [row["name"] for row in corpus_manifest["datasets"]]
+    for name in ("tokens", "set"):
+        (work / name).mkdir(exist_ok=True)
+    tasks = [
+        ShardTask(os.fspath(corpus), shard, tuple(sources), os.fspath(tokenizer.directory), tokenizer.sha256,
+                  config.validation_fraction, config.seed, str(work / "tokens" / f"{index:05d}"))
+        for index, shard in enumerate(corpus_manifest["shards"])
+    ]
+    with Progress("pack") as progress:
+        documents = _tokenize(tasks, workers, progress)
+        _check_split_sizes(documents, config)
+        store = TokenStore(tasks, documents, token_dtype(tokenizer.vocab_size))
+        files, splits = [], {}
+        for split in SPLITS:
+            rows, splits[split] = _pack_split(split, documents, store, config, work / "set", progress)
+            files += rows
+    files.append(write_documents(tasks, documents, sources, work / "set"))
+    account = {row["name"]: {"rows_in": row["rows_in"], "kept": row["kept"], "dropped": row["dropped"]}
+            for row in corpus_manifest["datasets"]}
+    if sum(row["kept"] for row in account.values()) != len(documents.tokens):
+        raise DataError(f"{corpus}: {len(documents.tokens)} documents, the manifest says "
+                        f"{sum(row['kept'] for row in account.values())}. Make the corpus again.")
+    manifest = {
+        **head, "record_length": config.record_length, "splits": splits, "sources": sources,
+        "weights": {row["name"]: row["mix_ratio"] for row in corpus_manifest["datasets"]},
+        "source_counts": {split: _source_counts(split, documents, sources) for split in SPLITS},
+        "files": files, "seed": config.seed, "validation_fraction": config.validation_fraction, "packing": {
+            "method": "best-fit-decreasing, long documents chained", "window_documents": WINDOW_DOCUMENTS
+        }, "rows": account, "mixture": corpus_manifest["mixture"]
+    }
+    manifest["dataset_id"] = dataset_id(manifest)
+    return manifest
+
+
+def _tokenize(tasks: list[ShardTask], workers: int, progress: Progress) -> Documents:
+    total = sum(task.shard["documents"] for task in tasks)
+    documents = tokens = 0
+    for more_documents, more_tokens in run_tasks(tokenize_shard, tasks, workers):
+        documents, tokens = documents + more_documents, tokens + more_tokens
+        progress.update("tokenizing",
+                        documents / max(total, 1),
+                        f"{tokens / 1e6:.2f} M tokens",
+                        force=documents == total)
+    return load_documents(tasks)
+
+
+def _check_split_sizes(documents: Documents, config: PackConfig) -> None:
+    held_out, count = int(documents.validation.sum()), len(documents.tokens)
+    if held_out == count:
+        raise DataError(f"all {count} documents fall into the validation split. Lower --validation-fraction "
+                        f"(it is {config.validation_fraction}), change --seed, or add documents.")
+    if config.validation_fraction > 0 and held_out == 0:
+        raise DataError(
+            f"none of {count} documents falls into the validation split. Raise --validation-fraction "
+            f"(it is {config.validation_fraction}), change --seed, add documents, or set it to 0.")
+
+
+def _pack_split(split: str, documents: Documents, store: TokenStore, config: PackConfig, directory: Path,
+                progress: Progress) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    chosen = documents.validation == (split == "validation")
+    total = int(documents.tokens[chosen].sum())
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.update(f"packing {split}",
+                        done / max(total, 1),
+                        f"{done / 1e6:.2f} M tokens",
+                        force=done == total)
+
+    files = write_split(split, documents, store, config.record_length, directory, report)
+    records, tokens = check_split(split, files, directory, documents, store, config.record_length)
+    return files, {"records": records, "tokens": tokens, "padding": records * config.record_length - tokens,
+                   "documents": int(chosen.sum()), "bytes_of_text": int(documents.bytes[chosen].sum())}
+
+
+def _source_counts(split: str, documents: Documents, sources: list[str]) -> dict[str, dict[str, int]]:
+    counts = {}
+    for index, source in enumerate(sources):
+        rows = np.flatnonzero((documents.sources == index)
+                              & (documents.validation == (split == "validation")))
+        counts[source] = {
+            "documents": len(rows), "tokens": int(documents.tokens[rows].sum()),
+            "bytes": int(documents.bytes[rows].sum()), "characters": int(documents.characters[rows].sum())
+        }
+    return counts
+
+
+def _put_in_place(output: Path, work: Path, manifest: dict[str, Any]) -> None:
+    """Move the finished set into `output`, the manifest last. The earlier set stays whole until here."""
+    (output / MANIFEST_FILE).unlink(missing_ok=True)
+    for old in [*output.glob("*.array_record"), output / DOCUMENTS_FILE, output / CARD_FILE]:
+        old.unlink(missing_ok=True)
+    for row in manifest["files"]:
+        os.replace(work / "set" / row["path"], output / row["path"])
+    write_atomic(output / CARD_FILE, pack_card.card(manifest))
+    write_json(output / MANIFEST_FILE, manifest)
+    shutil.rmtree(output / WORK, ignore_errors=True)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.pack",
+                                     description="Tokenize a corpus and pack it.")
+    parser.add_argument("--corpus", required=True, help="directory made by data_pipeline.corpus")
+    parser.add_argument("--tokenizer", required=True, help="directory made by data_pipeline.tokenizer")
+    parser.add_argument("--output", required=True, help="packed set to make")
+    parser.add_argument("--record-length", type=int, required=True,
+                        help="tokens in a record; sequences are this long or a multiple of it")
+    parser.add_argument("--validation-fraction", type=float, help="default: the mixture's validation.ratio")
+    parser.add_argument("--seed", type=int, help="of the split; default: the mixture's validation.seed")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    manifest = build_packed(arguments.corpus,
+                            arguments.tokenizer,
+                            arguments.output,
+                            record_length=arguments.record_length,
+                            validation_fraction=arguments.validation_fraction,
+                            seed=arguments.seed,
+                            workers=arguments.workers)
+    print(pack_card.splits_table(manifest))
+    disk = sum(row["bytes"] for row in manifest["files"])
+    print(
+        f"\npack: {arguments.output}, {cards.size(disk)} on disk, dataset_id {manifest['dataset_id'][:16]}, "
+        f"{time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    command(_main)

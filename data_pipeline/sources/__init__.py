@@ -1,0 +1,22 @@
+"""Where text comes from. `open_source` gives the source of one dataset of a mixture."""
+
+from data_pipeline.config import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, format_of, paths_of
+from data_pipeline.sources.base import Input, Source
+from data_pipeline.sources.files import FileSource, find_files
+from data_pipeline.sources.hub import HubSource
+from data_pipeline.sources.packages import PackageSource
+from data_pipeline.sources.python_code import stdlib_files
+
+__all__ = ["Input", "Source", "open_source"]
+
+
+def open_source(dataset: DatasetConfig) -> Source:
+    """The source that `dataset` names. Errors: DataError when it has no files."""
+    first = paths_of(dataset)[0]
+    if first == PYTHON_STDLIB:
+        return FileSource(dataset, stdlib_files())
+    if first == PACKAGE_METADATA:
+        return PackageSource()
+    if format_of(dataset) == "huggingface":
+        return HubSource(dataset)
+    return FileSource(dataset, find_files(dataset))

@@ -1,0 +1,94 @@
+"""What every command of the pipeline shares: doing nothing twice, disk errors, messages, exit codes.
+
+Owns the answer to "is this output what these inputs give". Knows nothing of documents or tokens.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nanollama
+from data_pipeline.config import MixtureError
+from nanollama.data.files import DataError, read_json, sha256_file
+
+WORK = ".work"  # unfinished output, inside the output directory so that a rename moves it into place
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded"
+               )  # ArrayRecord raises RuntimeError
+
+
+def code_version() -> str:
+    """The package's version, for manifests; staleness is decided by each stage's own number."""
+    return f"nanollama {nanollama.__version__}"
+
+
+def finished(output: Path, manifest_name: str, fingerprint: str, files: Callable[[dict],
+                                                                                 list[dict]]) -> dict | None:
+    """The manifest in `output` if it was made from `fingerprint` and every file is what it says, else None.
+
+    `files` picks from the manifest the rows {path, sha256} to check.
+    """
+    path = output / manifest_name
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint:
+        return None
+    for row in files(manifest):
+        file = output / row["path"]
+        if not file.is_file() or sha256_file(file) != row["sha256"]:
+            print(f"{file}: missing or changed since it was made; making it again.", file=sys.stderr)
+            return None
+    return manifest
+
+
+def work_directory(output: Path, fingerprint: str) -> Path:
+    """The place for unfinished output of `fingerprint`; what other inputs left behind is removed."""
+    work = output / WORK / fingerprint[:16]
+    for other in (output / WORK).glob("*"):
+        if other != work:
+            shutil.rmtree(other, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def require_space(directory: Path, needed: int, what: str) -> None:
+    """Raises DataError when `directory`'s disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise DataError(
+            f"{directory}: {what} needs about {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free. "
+            "Free some space, or choose another --output.")
+
+
+@contextlib.contextmanager
+def disk_full_explained(output: Path) -> Iterator[None]:
+    """Turns a full disk into a DataError that says what is safe and what to do."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if not full and not any(text in str(error) for text in _FULL_TEXTS):
+            raise
+        raise DataError(
+            f"{output}: the disk is full ({error}). Output finished earlier is untouched. Free some space "
+            "and run the same command again: it goes on from the last finished part.") from error
+
+
+def command(main: Callable[[], Any]) -> None:
+    """Run a command line: an expected error is one message and exit code 1, an interrupt 130."""
+    try:
+        main()
+    except (DataError, MixtureError, OSError) as error:  # anything else is a bug and keeps its trace
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        os._exit(130)

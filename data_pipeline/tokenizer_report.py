@@ -1,0 +1,141 @@
+"""What a tokenizer does to the corpus, measured: the tables of TOKENIZER_CARD.md.
+
+Owns the measures and their sampling rule. A tokenizer that does not give a text back exactly is an error
+here, before it is frozen anywhere.
+"""
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import cards
+from data_pipeline.corpus_format import read_shard
+from data_pipeline.documents import hash_fraction, text_digest
+from data_pipeline.progress import Progress
+from nanollama.data.files import DataError
+from nanollama.data.tokenizer import Tokenizer
+
+HEADER = ["source", "documents", "characters/token", "bytes/token", "unknown", "byte pieces",
+          "exact round trip", "encode, one core"]
+MEASURED_BYTES = 2_000_000  # per source; enough for three digits
+# What breaks tokenizers: each must come back exactly.
+PROBES = {
+    "tabs": "\tif x:\n\t\treturn\t1\n",
+    "newlines": "\n\n\na\n\nb\n",
+    "carriage returns": "a\r\nb\rc\r\n",
+    "runs of spaces": "def f():\n        return  1   +    2\n                x",
+    "space at both ends": "  a b  ",
+    "emoji": "naïve 👩‍👩‍👧‍👦 🇫🇮 café",
+    "line separators": "a\u2028b\u2029c\u0085d\x0be\x0cf",
+    "space mark": "a\u2581b \u2581\u2581c",
+    "special names": "<s> </s> <unk> <|pad|> <0x0A>",
+    "scripts": "汉字かな한글 العربية עברית ไทย Ελληνικά",
+    "combining": "e\u0301 \u200b\ufeff\u00ad",
+    "rare": "\U0001f9ff\U0010ffff\ue000",
+    "control": "\x01\x02\x7f\x1b[0m",
+}
+
+
+@dataclasses.dataclass
+class Measures:
+    """Sums over the measured documents of one source."""
+
+    documents: int = 0
+    characters: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    unknown: int = 0
+    byte_pieces: int = 0
+    exact: int = 0
+    seconds: float = 0.0
+
+
+def measure(tokenizer: Tokenizer, corpus: str | os.PathLike[str], manifest: dict[str, Any],
+            progress: Progress) -> dict[str, Measures]:
+    """{source: Measures} on documents drawn by hash, about 2 MB each.
+
+    Errors: DataError when a text does not come back exactly.
+    """
+    for name, text in PROBES.items():
+        if tokenizer.decode(tokenizer.encode(text)) != text:
+            raise DataError(f"tokenizer: the probe {name!r} ({text!r}) does not come back exactly: "
+                            f"{tokenizer.decode(tokenizer.encode(text))!r}. This is a bug; please report it.")
+    is_byte = np.array([_is_byte(tokenizer.piece(token)) for token in range(tokenizer.vocab_size)])
+    report = {row["name"]: Measures() for row in manifest["datasets"] if row["kept"]}
+    rates = {row["name"]: min(1.0, MEASURED_BYTES / max(row["bytes"], 1)) for row in manifest["datasets"]}
+    for shard in manifest["shards"]:
+        measures = report[shard["dataset"]]
+        for row in read_shard(corpus, shard):
+            encoded = row["text"].encode()
+            if hash_fraction(text_digest(encoded), 0, "measure") < rates[shard["dataset"]]:
+                _add(measures, tokenizer, row, len(encoded), is_byte)
+                progress.update(f"measuring {shard['dataset']}", None, f"{measures.bytes / 1e6:.1f} MB")
+    return report
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def _add(measures: Measures, tokenizer: Tokenizer, row: dict[str, Any], size: int,
+         is_byte: np.ndarray) -> None:
+    start = time.process_time()
+    ids = tokenizer.encode(row["text"])
+    measures.seconds += time.process_time() - start
+    if tokenizer.decode(ids) != row["text"]:
+        raise DataError(
+            f"tokenizer: document {row['id']} does not come back exactly from its tokens. This is a bug; "
+            "please report it.")
+    tokens = np.asarray(ids, np.int64)
+    measures.documents += 1
+    measures.exact += 1
+    measures.characters += len(row["text"])
+    measures.bytes += size
+    measures.tokens += len(tokens)
+    measures.unknown += int((tokens == tokenizer.unk_id).sum())
+    measures.byte_pieces += int(is_byte[tokens].sum())
+
+
+def card(tokenizer: Tokenizer, report: dict[str, Measures]) -> str:
+    """TOKENIZER_CARD.md."""
+    manifest = tokenizer.manifest
+    corpus = manifest["corpus"]
+    config, sample = corpus["config"], corpus["sample"]
+    rows = [[
+        name, f"{one.documents:,}", f"{one.characters / max(one.tokens, 1):.3f}",
+        f"{one.bytes / max(one.tokens, 1):.3f}", f"{one.unknown / max(one.tokens, 1):.3%}",
+        f"{one.byte_pieces / max(one.tokens, 1):.3%}", f"{one.exact / max(one.documents, 1):.2%}",
+        f"{one.bytes / 1e6 / max(one.seconds, 1e-9):.1f} MB/s"
+    ] for name, one in report.items() if one.documents]
+    rates = ", ".join(f"{name} {rate:.1%}" for name, rate in sample["rates"].items())
+    return f"""# Tokenizer card
+
+SentencePiece {config['algorithm'].upper()}, {tokenizer.vocab_size:,} pieces, frozen. Its identity, checked
+wherever it is used, is the SHA-256 of `tokenizer.model`:
+
+    {tokenizer.sha256}
+
+## Measured
+
+{cards.table(HEADER, rows)}
+
+On documents of the corpus drawn by hash, about {MEASURED_BYTES / 1e6:.0f} MB a source; where the corpus is
+smaller than the training sample, these were trained on too. *Byte pieces*: tokens that are single bytes of a
+character without a piece of its own. The round trip is also exact on {len(PROBES)} probes:
+{', '.join(PROBES)}.
+
+## How it was made
+
+- Trained on {sample['documents']:,} documents, {cards.size(sample['bytes'])}, of mixture
+  `{corpus['mixture']}` (corpus manifest `{corpus['manifest_sha256'][:16]}`). Sample: {sample['rule']};
+  rates: {rates}.
+- Identity normalization, no dummy prefix, spaces kept as they are, byte fallback, digits one by one,
+  newlines and runs of spaces have pieces of their own.
+- Special tokens: `<unk>` {tokenizer.unk_id}, `<s>` {tokenizer.bos_id} (begins a document), `</s>`
+  {tokenizer.eos_id} (ends it), `<|pad|>` {tokenizer.pad_id}. Their names in a text are ordinary text.
+- SentencePiece {corpus['sentencepiece']}; hash of the model without its trainer settings:
+  `{tokenizer.normalized_sha256[:16]}`.
+"""

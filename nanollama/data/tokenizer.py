@@ -1,0 +1,172 @@
+"""The frozen tokenizer: text to ids and back, and the identity that goes into everything made with it.
+
+Owns the tokenizer directory (`tokenizer.model`, `manifest.json`), its check on load, and the one error for
+artefacts made with another tokenizer. Knows nothing of how a tokenizer is trained, of records or of models.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from nanollama.data.files import DataError, read_json, sha256_file, write_atomic, write_json
+
+MODEL_FILE, MANIFEST_FILE, CARD_FILE = "tokenizer.model", "manifest.json", "TOKENIZER_CARD.md"
+_SPECIALS = ("unk_id", "bos_id", "eos_id", "pad_id")
+_SPACE_MARK = "\u2581"  # SentencePiece writes a space as this; in a text itself it would come back as a space
+_MEND = ("Restore the directory from where it was made, or make it again: "
+         "python -m data_pipeline.tokenizer --help says how.")
+
+
+class Tokenizer:
+    """A SentencePiece model whose file is the one its manifest names. Safe to use from several threads."""
+
+    def __init__(self, directory: str | os.PathLike[str], model: bytes, manifest: dict[str, Any]):
+        self.directory = Path(directory)
+        self.manifest = manifest
+        self.sha256: str = manifest["sha256"]
+        self.normalized_sha256: str = manifest["normalized_sha256"]
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.unk_id: int = self._processor.unk_id()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        self.pad_id: int = self._processor.pad_id()
+        space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._space_mark = [] if self.unk_id in space_mark else space_mark  # [] without byte pieces
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer in `directory`. Errors: DataError when it is absent, damaged or changed."""
+        directory = Path(directory)
+        for name in (MODEL_FILE, MANIFEST_FILE):
+            if not (directory / name).is_file():
+                raise DataError(f"{directory / name}: no such file, so no frozen tokenizer there. {_MEND}")
+        manifest = read_json(directory / MANIFEST_FILE)
+        missing = {"kind", "sha256", "normalized_sha256", "vocab_size", *_SPECIALS} - set(manifest)
+        if missing:
+            raise DataError(f"{directory / MANIFEST_FILE}: lacks {', '.join(sorted(missing))}. {_MEND}")
+        if manifest["kind"] != "sentencepiece":
+            raise DataError(f"{directory / MANIFEST_FILE}: kind {manifest['kind']!r} is not 'sentencepiece'. "
+                            f"{_MEND}")
+        found = sha256_file(directory / MODEL_FILE)
+        if found != manifest["sha256"]:
+            raise DataError(f"{directory / MODEL_FILE}: SHA-256 is {found}, but {MANIFEST_FILE} says "
+                            f"{manifest['sha256']}: the tokenizer was changed after it was frozen. {_MEND}")
+        tokenizer = cls(directory, (directory / MODEL_FILE).read_bytes(), manifest)
+        for name in ("vocab_size", *_SPECIALS):
+            if getattr(tokenizer, name) != manifest[name]:
+                raise DataError(f"{directory / MANIFEST_FILE}: {name} is {manifest[name]}, the model has "
+                                f"{getattr(tokenizer, name)}. {_MEND}")
+        return tokenizer
+
+    def require(self, sha256: str, what: str, mend: str) -> None:
+        """Stop unless `what` (a packed set, a checkpoint) was made with this tokenizer.
+
+        `mend` is a sentence with the command that puts it right. Errors: DataError with both hashes.
+        """
+        if sha256 != self.sha256:
+            raise DataError(f"{what} was made with tokenizer {sha256}, but the tokenizer in {self.directory} "
+                            f"is {self.sha256}: the same ids mean other text. {mend}")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, no special tokens; `decode` gives the text back exactly."""
+        if _SPACE_MARK not in text or not self._space_mark:
+            return self._processor.encode(text, return_type=int)
+        first, *rest = [self._processor.encode(part, return_type=int) for part in text.split(_SPACE_MARK)]
+        for part in rest:
+            first += self._space_mark + part
+        return first
+
+    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """bos + ids + eos of each text, as uint32 arrays: what a packed set stores of a document."""
+        plain = [index for index, text in enumerate(texts) if _SPACE_MARK not in text]
+        arrays = self._processor.encode([texts[index] for index in plain], return_type="numpy", add_bos=True,
+                                        add_eos=True, num_threads=threads) if plain else []
+        documents: dict[int, np.ndarray] = dict(zip(plain, arrays, strict=True))
+        for index in range(len(texts)):
+            if index not in documents:
+                documents[index] = np.array([self.bos_id, *self.encode(texts[index]), self.eos_id])
+        return [documents[index].astype(np.uint32) for index in range(len(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special tokens give nothing, a torn UTF-8 sequence gives U+FFFD."""
+        return self._processor.decode([int(token) for token in ids])
+
+    def piece(self, token: int) -> str:
+        """The vocabulary's own name of one id, for reports."""
+        return self._processor.id_to_piece(int(token))
+
+
+def freeze(directory: str | os.PathLike[str], model: bytes, *, algorithm: str,
+           corpus: dict[str, Any]) -> Tokenizer:
+    """Write a trained SentencePiece `model` as a frozen tokenizer directory and load it.
+
+    `algorithm` is "bpe" or "unigram", `corpus` says what it was trained on (manifest hash, sizes).
+    Errors: DataError when a special token is missing from the model.
+    """
+    directory = Path(directory)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    specials = {name: getattr(processor, name)() for name in _SPECIALS}
+    if min(specials.values()) < 0:
+        raise DataError(f"tokenizer for {directory}: lacks special tokens: {specials}. Train it with unk, "
+                        "bos, eos and pad ids of 0 or above.")
+    write_atomic(directory / MODEL_FILE, model)
+    write_json(directory / MANIFEST_FILE, {
+        "kind": "sentencepiece", "algorithm": algorithm, "sha256": hashlib.sha256(model).hexdigest(),
+        "normalized_sha256": normalized_sha256(model), "vocab_size": processor.vocab_size(), **specials,
+        "corpus": corpus})
+    return Tokenizer.load(directory)
+
+
+def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Tokenizer:
+    """Copy a frozen tokenizer (into a run folder); a no-op when it is there already. Returns the copy.
+
+    Errors: DataError when `target` holds another tokenizer, or `source` is damaged.
+    """
+    original, target = Tokenizer.load(source), Path(target)
+    if (target / MANIFEST_FILE).exists():
+        copy = Tokenizer.load(target)
+        original.require(copy.sha256, f"{target}", f"Use another run folder, or delete {target}.")
+        return copy
+    for name in (MODEL_FILE, CARD_FILE, MANIFEST_FILE):  # the manifest last: without it there is no tokenizer
+        if (original.directory / name).exists():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(original.directory / name, target / f".{name}.tmp")
+            os.replace(target / f".{name}.tmp", target / name)
+    return Tokenizer.load(target)
+
+
+def normalized_sha256(model: bytes) -> str:
+    """SHA-256 of a SentencePiece ModelProto without its trainer_spec (field 2).
+
+    The file's own hash changes with the thread count and the output name, which trainer_spec records; this
+    one is equal for equal vocabularies and normalizers. Walks the protobuf wire format, so needs no protobuf.
+    """
+    kept, at = [], 0
+    while at < len(model):
+        start = at
+        key, at = _varint(model, at)
+        if key & 7 != 2:  # every field of ModelProto is a message: wire type 2, length-delimited
+            raise DataError(f"{MODEL_FILE}: byte {start} starts no field of a model: damaged. {_MEND}")
+        size, at = _varint(model, at)
+        at += size
+        if key >> 3 != 2:
+            kept.append(model[start:at])
+    return hashlib.sha256(b"".join(kept)).hexdigest()
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(data):
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+    raise DataError(f"{MODEL_FILE}: ends inside a field: truncated. {_MEND}")

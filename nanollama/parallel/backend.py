@@ -1,0 +1,165 @@
+"""Start-up of the JAX backend: flags, threads, virtual devices, compilation cache, a check of its arithmetic.
+
+Owns everything that must happen before the first use of a JAX device. Knows nothing of models, configs or
+meshes: only jax, numpy and the standard library, so that a kernel can be measured where nothing else is.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxlib.version import __version__ as JAXLIB_VERSION
+
+# The pool of every elastic run: XLA:CPU's sums depend on its size, so 1 to 8 devices must share one.
+ELASTIC_THREADS = 8
+REFUSED_JAXLIB = {
+    "0.10.2": "silently computes wrong sums on CPU (jax-ml/jax#39103)",
+    "0.11.0": "crashes on fused reductions on CPU (jax-ml/jax#39257)",
+}
+INSTALL_FIX = "pip install --upgrade 'jax>=0.10.1,!=0.10.2,!=0.11.0'"
+
+# Speed flags, with the jaxlib versions [first, end) known to accept them: XLA aborts the process on a flag it
+# does not know, so an untried version gets none. oneDNN matmuls: up to +6 % fp32, +20 % bf16 tokens/s on CPU.
+CPU_FLAGS = {"--xla_cpu_experimental_onednn_custom_call=true": ((0, 10, 1), (0, 13))}
+
+
+class BackendError(RuntimeError):
+    """The installed or running JAX backend cannot be trusted with a run; the message says what to do."""
+
+
+def start(*, elastic: bool = False, devices: int | None = None) -> None:
+    """Prepare the JAX backend and check that it computes correctly; call before any use of `jax.devices()`.
+
+    `elastic` pins the CPU thread pool, which the elastic determinism mode needs. `devices` asks for that many
+    virtual CPU devices. Calling again with the same needs does nothing. A user's own XLA_FLAGS,
+    JAX_COMPILATION_CACHE_DIR and (outside elastic mode) NPROC are respected.
+
+    Errors: BackendError on a jaxlib known to be wrong or found to be wrong, or when the backend already runs
+    with other settings than are asked for.
+    """
+    refuse_version(JAXLIB_VERSION)
+    if devices is not None and elastic and devices > ELASTIC_THREADS:
+        raise BackendError(
+            f"{devices} devices with elastic determinism: its thread pool serves up to "
+            f"{ELASTIC_THREADS}. Use fewer devices, or determinism='same_mesh'."
+        )
+    if _running():
+        _check_running(elastic, devices)
+    else:
+        os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), JAXLIB_VERSION)
+        if elastic:
+            os.environ["NPROC"] = str(ELASTIC_THREADS)
+        if devices is not None:
+            jax.config.update("jax_num_cpu_devices", devices)
+        _use_compilation_cache()
+    check_arithmetic()
+
+
+def refuse_version(version: str) -> None:
+    """Raise BackendError for a jaxlib version known to compute wrongly or to crash."""
+    if version in REFUSED_JAXLIB:
+        raise BackendError(f"jaxlib {version} {REFUSED_JAXLIB[version]}. Install another: {INSTALL_FIX}")
+
+
+def with_flags(flags: str, version: str) -> str:
+    """XLA_FLAGS with our speed flags, save those the user already names or jaxlib `version` may not know."""
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    ours = [
+        flag
+        for flag, (first, end) in CPU_FLAGS.items()
+        if first <= release < end and flag.partition("=")[0] not in flags
+    ]
+    return " ".join([*flags.split(), *ours])
+
+
+def sums_of_squares(rows: np.ndarray) -> np.ndarray:
+    """jit(vmap(sum((eye(3) @ row)**2))) of `rows` [N, 3] -> [N]: the program jaxlib 0.10.2 gets wrong."""
+    function = jax.jit(jax.vmap(lambda row: jnp.sum(jnp.matmul(jnp.eye(3), row, precision="highest") ** 2)))
+    return np.asarray(function(jax.device_put(rows)))
+
+
+@functools.cache
+def check_arithmetic(program: Callable[[np.ndarray], np.ndarray] = sums_of_squares) -> None:
+    """Start-up canary: compare a small fused program with NumPy, exactly; BackendError when it differs.
+
+    32,769 rows is the smallest size at which jaxlib 0.10.2 goes wrong in float32. Costs about 0.1 s, once.
+    """
+    rows = np.zeros((32_769, 3), np.float32)
+    rows[:, 0] = np.arange(len(rows))
+    expected, got = (rows**2).sum(axis=1), program(rows)
+    wrong = int(np.count_nonzero(got != expected))
+    if wrong:
+        raise BackendError(
+            f"jaxlib {JAXLIB_VERSION} on {jax.default_backend()} computes wrong sums: {wrong} "
+            f"of {len(rows)} differ, the last is {got[-1]:.0f} instead of {expected[-1]:.0f}. "
+            f"A model trained on it would be worthless. Install another: {INSTALL_FIX}"
+        )
+
+
+def pool_threads() -> int:
+    """Threads in XLA:CPU's pool: NPROC where it is set, else the cores this process may use."""
+    return int(os.environ.get("NPROC") or len(os.sched_getaffinity(0)))
+
+
+def _running() -> bool:
+    devices = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # options are attributes made at import
+    try:  # JAX refuses to change this once a backend is up: the one public way to ask
+        jax.config.update("jax_num_cpu_devices", devices + 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", devices)
+    return False
+
+
+def _check_running(elastic: bool, devices: int | None) -> None:
+    if elastic and pool_threads() != ELASTIC_THREADS:
+        raise BackendError(
+            f"elastic determinism needs a pool of {ELASTIC_THREADS} threads, but JAX already "
+            f"runs with {pool_threads()}. Call backend.start(elastic=True) before any use of "
+            f"jax.devices(), or set NPROC={ELASTIC_THREADS} in the environment."
+        )
+    if devices is not None and jax.device_count() != devices:
+        raise BackendError(
+            f"{devices} devices asked for, but JAX already runs with {jax.device_count()}. "
+            "Call backend.start(devices=...) before any use of jax.devices()."
+        )
+
+
+def _processor() -> str:
+    """Short hash of this processor's instructions; different machines may share a home folder."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.machine() + platform.processor()
+    return hashlib.sha256(features.encode()).hexdigest()[:8]
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs between runs, apart for each processor type and thread count.
+
+    JAX's cache key holds neither, but code for another processor may crash, and code compiled for another
+    pool may sum in another order.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home / "nanollama" / "jax")
+    directory = base / f"{_processor()}-threads-{pool_threads()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logging.getLogger(__name__).warning(
+            "no compilation cache, so start-up is slower: %s. Set "
+            "JAX_COMPILATION_CACHE_DIR to a writable folder.",
+            error,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

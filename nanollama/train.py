@@ -1,0 +1,184 @@
+"""`python -m nanollama.train --config=configs/phase1.py`: the training loop, top to bottom.
+
+Owns the order of things: check everything, build, restore, loop, save, evaluate. Each part lives elsewhere.
+A step's figures are read while the next step runs, so the device never waits for the host.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nanollama import config as configs
+from nanollama.config import Config, ConfigError, as_dict
+from nanollama.data.files import DataError, Lock, read_json
+from nanollama.data.loader import Loader
+from nanollama.data.mixture import open_mixture
+from nanollama.data.tokenizer import copy_tokenizer
+from nanollama.experiments import run_folder
+from nanollama.models.accounting import count_parameters, flops_per_token
+from nanollama.models.decoder import Decoder
+from nanollama.parallel import backend
+from nanollama.parallel.mesh import make_mesh
+from nanollama.training import elastic
+from nanollama.training import step as same_mesh
+from nanollama.training.checkpoint import Checkpoints
+from nanollama.training.metrics import MetricsLog, Throughput, total_peak
+from nanollama.training.optim import make_optimizer
+from nanollama.training.state import abstract_state, init_state, state_shardings
+from nanollama.training.stop import StopSignal
+from nanollama.training.validation import Validation
+from nanollama.training.watch import NotFinite, Watch
+
+
+def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "") -> bool:
+    """Train to `config.steps`: True when that was reached, False when asked to stop before (and saved).
+
+    Errors: ConfigError and DataError before any work is done, NotFinite during it.
+    """
+    print(describe(config), flush=True)
+    mesh = make_mesh(config.mesh)
+    mixture = open_mixture(config.data, split="train", vocab_size=config.model.vocab_size)
+    hosts = dict(host=jax.process_index(), hosts=jax.process_count())
+    loader = Loader(mixture, seed=config.seed, global_batch=config.batch.global_rows, **hosts)
+    decoder, optimizer = Decoder(config.model, config.compute), make_optimizer(config)
+    validation = Validation(config, decoder, mesh) if config.evaluation.every else None
+    steps = elastic if config.determinism == "elastic" else same_mesh
+    train_step = steps.make_train_step(config, decoder, optimizer, mesh, state_shardings(config, optimizer, mesh))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Lock(workdir))
+        stop = stack.enter_context(StopSignal())
+        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+        stack.callback(checkpoints.close)
+        start = starting_step(workdir, checkpoints, resume)
+        if start >= config.steps and finished(workdir, start):
+            print(f"{workdir}: done at step {start}")
+            return True
+        run_folder.prepare(workdir, config, step=start, given=given)
+        tokenizer = copy_tokenizer(config.data.tokenizer, workdir / "tokenizer")
+
+        # 1. The state: from the newest good checkpoint, or born sharded.
+        source_tokens = np.zeros(len(loader.sources), np.int64)
+        if start:
+            abstract = abstract_state(config, optimizer, mesh)
+            state, saved = checkpoints.restore(start, abstract, model=config.model)
+            mixture.require_same(saved["mixture"], f"checkpoint {start} of {workdir}")
+            source_tokens += [saved["source_tokens"][name] for name in loader.sources]
+        else:
+            state, _ = init_state(config, optimizer, mesh)
+
+        # 2. What watches it.
+        peak, convention = total_peak(mesh.devices.ravel().tolist(), config.compute.dtype)
+        flops = flops_per_token(config.model, config.data.sequence_length).train
+        speed = Throughput(steps=config.steps, flops_per_token=flops, peak=peak)
+        log = MetricsLog(
+            workdir, config.logging, resume_step=start, steps=config.steps, convention=convention, name=config.name
+        )
+        stack.callback(log.close)
+        watch = Watch(config, log, speed, loader, checkpoints, source_tokens)
+        metadata = {"config": as_dict(config), "tokenizer": tokenizer.sha256, "mixture": mixture.describe()}
+
+        # 3. The loop: dispatch a step, read the figures of the one before; save before evaluating.
+        stack.enter_context(jax.transfer_guard("disallow"))
+        for step, batch in zip(range(start + 1, config.steps + 1), loader.iterate(start), strict=False):
+            state, scalars = train_step(state, steps.put_batch(batch.arrays, config, mesh))
+            watch.dispatched(step, scalars, batch)
+            checkpoints.check()
+            if stop.requested or step == config.steps or step % config.checkpoint.every == 0:
+                watch.catch_up()  # raises before a state that is not finite can be saved
+                checkpoints.save(step, state, {**metadata, "source_tokens": watch.tokens_by_source()})
+            if step == config.steps:
+                break
+            if stop.requested:
+                log.event(step, f"{stop.requested.name}: saved and stopped; --resume goes on", event="stopped")
+                return False
+            with speed.pause():
+                if validation and step % config.evaluation.every == 0:
+                    watch.catch_up()
+                    log.validation(step, validation.run(state.params))
+
+        # 4. The end: the last checkpoint is on disk before anything is said about it.
+        checkpoints.wait()
+        figures = validation.run(state.params) if validation else {}
+        if figures:
+            log.validation(config.steps, figures)
+        run_folder.add_result(workdir, "training", {"step": config.steps, "validation": figures})
+    return True
+
+
+def starting_step(workdir: Path, checkpoints: Checkpoints, resume: bool) -> int:
+    """Step of the newest good checkpoint, 0 where there is none. Errors: DataError where going on was not asked for."""
+    start = checkpoints.latest() or 0
+    if start and not resume:
+        raise DataError(
+            f"{workdir}: holds a run at step {start}. Add --resume to go on with it, or choose another --workdir."
+        )
+    return start
+
+
+def finished(workdir: Path, step: int) -> bool:
+    """Whether results.json has the figures of `step`: nothing is left to do."""
+    path = workdir / "results.json"
+    return path.is_file() and read_json(path).get("training", {}).get("step") == step
+
+
+def describe(config: Config) -> str:
+    """What the run is and needs, from shapes alone: nothing is allocated."""
+    state = abstract_state(config, make_optimizer(config))
+    size = {name: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(part))
+            for name, part in (("parameters", state.params), ("optimizer", state.opt_state))}
+    rows, length = config.batch.global_rows, config.data.sequence_length
+    count = count_parameters(config.model)
+    flops = flops_per_token(config.model, length).train
+    tokens = rows * length * config.steps
+    return "\n".join([
+        f"{config.name}: {config.model.family}, {count.total:,} parameters ({count.non_embedding:,} without the "
+        "embedding)",
+        f"state: parameters {size['parameters'] / 2**20:,.0f} MiB, optimizer {size['optimizer'] / 2**20:,.0f} MiB; "
+        "gradients as much as the parameters",
+        f"{config.steps:,} steps of {rows} x {length} = {tokens:,} tokens, {flops / 1e9:.3g} GFLOP each, "
+        f"{flops * tokens:.3g} FLOP in all",
+    ])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0 done or stopped and saved, 2 refused, 3 not finite."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanollama.train", description="Train a model from a config file.",
+        epilog="Any field of the config can be given: --config.optimizer.learning_rate=1e-3")
+    parser.add_argument("--config", required=True, help="path.py or path.py:argument, e.g. configs/phase1.py:runlocal")
+    parser.add_argument("--workdir", type=Path, help="run folder; default runs/<name of the config>")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in the run folder")
+    parser.add_argument("--devices", type=int, help="virtual CPU devices to make, for trying meshes")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        overrides = config_overrides(rest)
+        config = configs.load(options.config, overrides)
+        backend.start(elastic=config.determinism == "elastic", devices=options.devices)
+        given = run_folder.as_given(options.config, overrides)
+        train(config, options.workdir or Path("runs") / config.name, resume=options.resume, given=given)
+    except (ConfigError, DataError, backend.BackendError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def config_overrides(arguments: Sequence[str]) -> list[str]:
+    """`--config.field=value` arguments as `field=value`. Errors: ConfigError on any other argument."""
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise ConfigError(argument, "no such argument", "Fields of the config are given as --config.field=value.")
+    return [argument.removeprefix("--config.") for argument in arguments]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What the loop tells the world: one step late, so that it never waits for the step that is running.
+
+Owns the account of tokens per source, and the refusal to go on from a loss that is not finite. Knows nothing of
+how a step is computed.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from nanollama.config import Config
+from nanollama.data.loader import HostBatch, Loader
+from nanollama.training.checkpoint import Checkpoints
+from nanollama.training.metrics import MetricsLog, Throughput, memory_bytes
+
+_LOGGED = ("loss", "z_loss", "accuracy", "learning_rate", "grad_norm", "update_norm")
+
+
+class NotFinite(RuntimeError):
+    """Loss, gradient or update is NaN or infinite. The state that came of it is never saved."""
+
+
+class Watch:
+    """Reads each step's figures when the next step is on its way; see `catch_up`."""
+
+    def __init__(
+        self,
+        config: Config,
+        log: MetricsLog,
+        throughput: Throughput,
+        loader: Loader,
+        checkpoints: Checkpoints,
+        source_tokens: np.ndarray,
+    ):
+        """source_tokens: labels seen so far per source of `loader`, [S] int64."""
+        self.throughput = throughput
+        self._config, self._log, self._loader, self._checkpoints = config, log, loader, checkpoints
+        self._source_tokens = source_tokens
+        self._pending: tuple[int, dict[str, jax.Array], HostBatch] | None = None
+
+    def dispatched(self, step: int, scalars: dict[str, jax.Array], batch: HostBatch) -> None:
+        """Step `step` is on its way: report the one before it."""
+        self.catch_up()
+        self._pending = (step, scalars, batch)
+
+    def catch_up(self) -> None:
+        """Wait for the newest step and report it. Errors: NotFinite names the step and the last good checkpoint."""
+        if self._pending is None:
+            return
+        (step, scalars, batch), self._pending = self._pending, None
+        values = {name: value.item() for name, value in jax.device_get(scalars).items()}
+        self._source_tokens += batch.source_tokens
+        if not values["finite"]:
+            self._stop(step, values)
+        rows, length = self._config.batch.global_rows, self._config.data.sequence_length
+        speed = self.throughput.update(step, rows * length)
+        if self._log.due(step):
+            host: dict[str, Any] = {
+                "tokens": int(self._source_tokens.sum()),
+                **speed,
+                "epochs": self._loader.epochs(self._source_tokens),
+                "source_tokens": self.tokens_by_source(),
+                "memory_bytes": memory_bytes(),
+            }
+            self._log.train(step, {name: values[name] for name in _LOGGED}, host)
+
+    def tokens_by_source(self) -> dict[str, int]:
+        """Labels seen so far, per source."""
+        return {
+            name: int(seen) for name, seen in zip(self._loader.sources, self._source_tokens, strict=True)
+        }
+
+    def _stop(self, step: int, values: dict[str, Any]) -> None:
+        self._checkpoints.wait()
+        good = self._checkpoints.latest()
+        where = f"The last good checkpoint is step {good}" if good else "No checkpoint was saved before"
+        shown = ", ".join(f"{name} {values[name]:.4g}" for name in _LOGGED)
+        message = (
+            f"step {step} is not finite: {shown}. {where}; nothing later was saved. Lower "
+            "config.optimizer.learning_rate, lengthen config.schedule.warmup_steps, or look at the batch of step "
+            f"{step - 1}; --resume goes on from the last good checkpoint."
+        )
+        self._log.event(step, message, event="not_finite")
+        raise NotFinite(message)

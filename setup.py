@@ -1,0 +1,5 @@
+"""Thin: everything is declared in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

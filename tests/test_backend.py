@@ -1,0 +1,130 @@
+"""Start-up of the backend: what it refuses, what it sets, and that its canary catches a wrong sum."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from jaxlib.version import __version__ as JAXLIB_VERSION
+
+from nanollama.parallel import backend
+from nanollama.parallel.backend import BackendError, check_arithmetic, refuse_version, with_flags
+
+
+def python(program, **environment):
+    """Run `program` in a process of its own, without the settings of this one."""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("XLA_FLAGS", "NPROC", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
+    }
+    return subprocess.run(
+        [sys.executable, "-c", program], env=clean | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("version", ["0.10.2", "0.11.0"])
+def test_bad_jaxlib_is_refused_with_its_fix(version):
+    with pytest.raises(BackendError, match=rf"jaxlib {version} .*Install another: pip install"):
+        refuse_version(version)
+
+
+def test_good_jaxlib_is_accepted():
+    refuse_version("0.10.1")
+    refuse_version(JAXLIB_VERSION)
+
+
+def wrong_last_row(rows):
+    """What jaxlib 0.10.2 computes: the last row's sum is off."""
+    sums = (rows**2).sum(axis=1)
+    sums[-1] = 1065369600
+    return sums
+
+
+def test_canary_passes_here_and_catches_a_wrong_sum():
+    check_arithmetic()
+    with pytest.raises(BackendError) as caught:
+        check_arithmetic(wrong_last_row)
+    message = str(caught.value)
+    assert f"jaxlib {JAXLIB_VERSION}" in message
+    assert "1065369600 instead of 1073741824" in message
+    assert "!=0.10.2" in message
+
+
+def test_canary_compares_every_row():
+    def one_wrong(rows):
+        sums = (rows**2).sum(axis=1)
+        sums[17] = np.nextafter(sums[17], np.float32(np.inf))
+        return sums
+
+    with pytest.raises(BackendError, match="1 of 32769 differ"):
+        check_arithmetic(one_wrong)
+
+
+def test_flags_are_added_once_and_never_over_the_users():
+    ours = "--xla_cpu_experimental_onednn_custom_call"
+    assert with_flags("", "0.10.1") == f"{ours}=true"
+    assert with_flags("--xla_x=1", "0.12.0.1") == f"--xla_x=1 {ours}=true"
+    assert with_flags(f"{ours}=false", "0.10.1") == f"{ours}=false"
+    assert with_flags(with_flags("", "0.10.1"), "0.10.1") == f"{ours}=true"
+    assert with_flags("", "0.10.0") == ""  # XLA aborts on what it does not know: untried versions get nothing
+    assert with_flags("", "0.13.0") == ""
+
+
+@pytest.mark.parametrize("flag", backend.CPU_FLAGS)
+def test_the_installed_jaxlib_accepts_each_flag(flag):
+    assert python("import jax; jax.devices()", XLA_FLAGS=flag).returncode == 0
+
+
+def test_an_unknown_flag_would_be_noticed():
+    ran = python("import jax; jax.devices()", XLA_FLAGS="--xla_cpu_no_such_flag=true")
+    assert ran.returncode != 0
+    assert "xla_cpu_no_such_flag" in ran.stderr
+
+
+STATE = """
+import os, jax
+from nanollama.parallel import backend
+backend.start({arguments})
+backend.start({arguments})
+cache = jax.config.jax_compilation_cache_dir
+print(jax.device_count(), os.environ.get("NPROC"), cache, os.environ["XLA_FLAGS"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "devices", "threads"),
+    [("", 1, None), ("devices=2", 2, None), ("elastic=True, devices=4", 4, backend.ELASTIC_THREADS)],
+)
+def test_start_sets_devices_threads_cache_and_flags(tmp_path, arguments, devices, threads):
+    ran = python(STATE.format(arguments=arguments), XDG_CACHE_HOME=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    got_devices, got_threads, cache, *flags = ran.stdout.split()
+    assert (int(got_devices), got_threads) == (devices, str(threads))
+    pool = threads or len(os.sched_getaffinity(0))
+    processor = r"[0-9a-f]{8}"  # programs of one processor or pool never serve another
+    assert re.fullmatch(f"{tmp_path}/nanollama/jax/{processor}-threads-{pool}", cache)
+    assert flags == with_flags("", JAXLIB_VERSION).split()
+
+
+def test_no_writable_cache_is_only_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    ran = python(STATE.format(arguments=""), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "file"))
+    assert ran.returncode == 0, ran.stderr
+    assert "no compilation cache" in ran.stderr
+
+
+def test_a_running_backend_is_checked_not_changed():
+    backend.start(elastic=True, devices=8)  # as the tests' conftest did
+    with pytest.raises(BackendError, match="3 devices asked for, but JAX already runs with 8"):
+        backend.start(devices=3)
+
+
+def test_elastic_needs_its_pool(monkeypatch):
+    monkeypatch.setenv("NPROC", "3")
+    with pytest.raises(BackendError, match="needs a pool of 8 threads"):
+        backend.start(elastic=True)
+    with pytest.raises(BackendError, match="16 devices with elastic"):
+        backend.start(elastic=True, devices=16)

@@ -1,0 +1,118 @@
+"""The compiled train step: aliased, sharded as it came, silent, guarded; its metrics, and its evaluation twin."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny import MODEL, Training, random_batch, tiny_config
+
+from nanollama.config import ConfigError, LossConfig, MeshConfig, ScheduleConfig
+from nanollama.data.files import DataError
+from nanollama.ops.losses import LossSums
+from nanollama.parallel.mesh import make_mesh
+from nanollama.training import step
+from nanollama.training.schedules import make_schedule
+
+REMATERIALIZED = "Involuntary full rematerialization"
+
+
+@pytest.fixture
+def no_compilation_cache():
+    """A program from the cache is not compiled, so nothing is printed and nothing measured."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def bytes_on_one_device(state) -> int:
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+
+
+@pytest.mark.usefixtures("no_compilation_cache")
+def test_state_is_aliased_and_nothing_is_rematerialized(capfd):
+    training = Training(tiny_config(rows=16, micro_batches=2), MeshConfig(2, 2, 2))
+    before, batch = training.state, training.put(random_batch(0, rows=16))
+    compiled = training.step.lower(before, batch).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == bytes_on_one_device(before)
+    after, _ = compiled(before, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(before)), "the donated state is still alive"
+    assert jax.tree.map(lambda x: x.sharding, after) == training.shardings
+    assert int(after.step) == 1 and after.step.dtype == jnp.int32
+    assert REMATERIALIZED not in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("no_compilation_cache")
+def test_the_check_for_rematerialization_can_fail(capfd):
+    """A lookup in rows that are cut over fsdp, as the decoder would do it without its constraint."""
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    table_VD = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, PartitionSpec("tensor", "fsdp")))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    tokens_BT = jax.device_put(jnp.zeros((8, 16), jnp.int32), step.batch_sharding(mesh))
+
+    def loss(table_VD, tokens_BT):
+        x_BTD = jax.lax.with_sharding_constraint(table_VD[tokens_BT], rows)
+        return jnp.sum(jnp.sin(x_BTD))
+
+    jax.jit(jax.grad(loss)).lower(table_VD, tokens_BT).compile()
+    assert REMATERIALIZED in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def training() -> Training:
+    schedule = ScheduleConfig(warmup_steps=10, decay_steps=100)
+    return Training(tiny_config(schedule=schedule, loss=LossConfig(z_loss=1e-2)))
+
+
+def test_metrics(training):
+    expected_rate = make_schedule(training.config.schedule, 1e-3, training.config.steps)
+    for number in range(3):
+        batch = random_batch(number)
+        params = training.state.params
+        sums: LossSums = jax.device_get(training.evaluate(params, training.put(batch)))
+        metrics = jax.device_get(training.train(batch))
+        assert metrics["learning_rate"] == float(expected_rate(number))
+        assert metrics["weight"] == batch["weights"].sum() == sums.weight
+        np.testing.assert_allclose(metrics["loss"], sums.nll / sums.weight, rtol=1e-6)
+        np.testing.assert_allclose(metrics["z_loss"], sums.z / sums.weight, rtol=1e-6)
+        np.testing.assert_allclose(metrics["total"], metrics["loss"] + metrics["z_loss"], rtol=1e-6)
+        assert metrics["accuracy"] == np.float32(sums.correct / sums.weight)
+        assert abs(metrics["loss"] - np.log(MODEL.vocab_size)) < 0.1, "an untrained model guesses evenly"
+        assert metrics["z_loss"] > 0.1 and 0 < metrics["update_norm"] < 1 and 0 < metrics["grad_norm"] < 10
+        assert metrics["finite"] and metrics["finite"].dtype == bool
+    assert int(training.state.step) == 3
+
+
+def test_a_number_that_is_not_finite_is_flagged(training):
+    poisoned = dataclasses.replace(training.state, params=jax.tree.map(jnp.copy, training.state.params))
+    poisoned.params["layers"]["up"] = poisoned.params["layers"]["up"].at[1, 0, 0].set(jnp.nan)
+    copies = jax.device_put(jax.tree.map(jnp.copy, poisoned), training.shardings)
+    _, metrics = training.step(copies, training.put(random_batch(0)))
+    assert not metrics["finite"]
+
+
+def test_evaluation_sums_add_up_exactly(training):
+    batch = random_batch(0)
+    whole = jax.device_get(training.evaluate(training.state.params, training.put(batch)))
+    parts = []
+    for keep in (np.arange(8) < 3, np.arange(8) >= 3):
+        part = {**batch, "weights": batch["weights"] * keep[:, None].astype(np.float32)}
+        parts.append(jax.device_get(training.evaluate(training.state.params, training.put(part))))
+    summed = parts[0] + parts[1]
+    assert summed.weight == whole.weight and summed.correct == whole.correct
+    np.testing.assert_allclose(summed, whole, rtol=1e-6)
+
+
+def test_batch_without_a_loss_token_is_refused(training):
+    batch = {**random_batch(0), "weights": np.zeros((8, 32), np.float32)}
+    with pytest.raises(DataError, match="no token with a loss weight"):
+        training.put(batch)
+
+
+def test_rows_must_divide():
+    with pytest.raises(
+        ConfigError, match=r"global_rows: 8 is not divisible by micro_batches=2 x data\*fsdp=8"
+    ):
+        Training(tiny_config(rows=8, micro_batches=2), MeshConfig(4, 2, 1))

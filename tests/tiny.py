@@ -1,0 +1,114 @@
+"""A model small enough to compile in seconds, and batches for it. Shared by the tests of training."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from nanollama.config import (
+    BatchConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PackedSetConfig,
+)
+from nanollama.models.decoder import Decoder
+from nanollama.parallel.mesh import batch_sharding, make_mesh
+from nanollama.training import elastic, step
+from nanollama.training.optim import make_optimizer
+from nanollama.training.state import TrainState, init_state, state_shardings
+
+LENGTH = 32
+MODEL = ModelConfig(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+)
+# One layer per scan iteration compiles in half the time; chunks smaller than a row, so that chunking is exercised.
+COMPUTE = ComputeConfig(scan_unroll=1, loss_chunk_tokens=128)
+
+
+def tiny_config(rows: int = 8, micro_batches: int = 1, **changes: Any) -> Config:
+    """Constant learning rate, AdamW, one device, unless `changes` says otherwise."""
+    config = Config(
+        name="tiny",
+        steps=1000,
+        model=MODEL,
+        data=DataConfig((PackedSetConfig("absent"),), "absent", LENGTH),
+        batch=BatchConfig(rows, micro_batches),
+        compute=COMPUTE,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def random_batch(
+    seed: int, rows: int = 8, length: int = LENGTH, vocab: int = MODEL.vocab_size
+) -> dict[str, np.ndarray]:
+    """Random tokens in two segments a row; between 10 % and 100 % of a row's targets have a weight."""
+    random = np.random.default_rng(seed)
+    cut = random.integers(1, length, (rows, 1))
+    index = np.arange(length, dtype=np.int32)[None]
+    start = np.where(index < cut, 0, cut).astype(np.int32)
+    share = random.uniform(0.1, 1.0, (rows, 1))
+    weights = (random.random((rows, length)) < share).astype(np.float32)
+    weights[:, 0] = 1.0  # every row has a loss token
+    return {
+        "tokens": random.integers(0, vocab, (rows, length), dtype=np.int32),
+        "targets": random.integers(0, vocab, (rows, length), dtype=np.int32),
+        "weights": weights,
+        "positions": (index - start).astype(np.int32),
+        "first_key": start,
+    }
+
+
+@functools.cache
+def host_state(config: Config) -> TrainState:
+    """The fresh state of `config` as NumPy arrays; made once, put where a test wants it."""
+    optimizer = make_optimizer(config)
+    state, _ = init_state(
+        dataclasses.replace(config, determinism="same_mesh"), optimizer, make_mesh(MeshConfig(1, 1, 1))
+    )
+    return jax.device_get(state)
+
+
+class Training:
+    """A tiny run on a mesh: its state, and its compiled steps."""
+
+    def __init__(self, config: Config, mesh: MeshConfig | None = None):
+        program = elastic if config.determinism == "elastic" else step
+        self.config, self.mesh = config, make_mesh(mesh or MeshConfig(1, 1, 1))
+        self.optimizer = make_optimizer(config)
+        self.decoder = Decoder(config.model, config.compute)
+        self.shardings = state_shardings(config, self.optimizer, self.mesh)
+        self.state = jax.device_put(host_state(config), self.shardings)
+        self.step = program.make_train_step(config, self.decoder, self.optimizer, self.mesh, self.shardings)
+        self.evaluate = program.make_eval_step(config, self.decoder, self.mesh, self.shardings)
+        self.put = functools.partial(program.put_batch, config=config, mesh=self.mesh)
+
+    def train(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """One step, as the loop does it; returns the metrics on the device."""
+        on_device = self.put(batch)
+        with jax.transfer_guard("disallow"):
+            self.state, metrics = self.step(self.state, on_device)
+        return metrics
+
+    def gradient_program(self, params: Any, batch: Any) -> tuple[Any, Any]:
+        """(gradients of the summed loss, sums), to be jitted."""
+        return step.make_gradient(self.config, self.decoder, self.mesh, self.shardings)(params, batch)
+
+    def gradient(self, batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
+        """(gradients of the summed loss, sums), on the host."""
+        program = jax.jit(
+            self.gradient_program, in_shardings=(self.shardings.params, batch_sharding(self.mesh))
+        )
+        return jax.device_get(program(self.state.params, self.put(batch)))
