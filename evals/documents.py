@@ -34,7 +34,7 @@ def read_documents(path: Path, documents: dict[int, Document]) -> Iterator[tuple
     Errors: DataError with file and line for what is not UTF-8, not JSON or has no text.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file, and no packed set. Give a .txt or .jsonl file, or a packed set's folder.")
+        raise DataError(f"{path}: no such file, and no packed set. Give a .txt or .jsonl file, or a packed set.")
     try:
         if path.suffix != ".jsonl":
             yield _note(documents, path.name, path.read_bytes().decode())

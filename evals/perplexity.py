@@ -91,7 +91,7 @@ def evaluate(model: LoadedModel, data: Path, split: str, window: int, stride: in
     else:
         rows = windows(read_documents(data, documents), model.tokenizer, window, stride, max_tokens, documents)
         how = (f"each document apart as bos + text, every token of the text predicted once; windows of {window} "
-               f"tokens move by {stride}, so tokens after the first {window} have {window - stride} or more before them")
+               f"tokens move by {stride}, so tokens after the first {window} see {window - stride} or more")
         split = ""
     scored = score(model, rows, documents, window)
     if not scored:
