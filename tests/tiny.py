@@ -112,7 +112,5 @@ class Training:
 
     def gradient(self, batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
         """(gradients of the summed loss, sums), on the host."""
-        program = jax.jit(
-            self.gradient_program, in_shardings=(self.shardings.params, batch_sharding(self.mesh))
-        )
+        program = jax.jit(self.gradient_program, in_shardings=(self.shardings.params, batch_sharding(self.mesh)))
         return jax.device_get(program(self.state.params, self.put(batch)))
