@@ -139,7 +139,9 @@ class Decoder(nn.Module):
                 (D, V),
                 jnp.float32,
             )
-        x_BTD = constrain(embedding_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
+        # Whole rows before the lookup: a gather from rows cut over fsdp makes XLA replicate its result and gradient.
+        rows_VD = constrain(embedding_VD, "vocab", "activation_embed")
+        x_BTD = constrain(rows_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
         cos_BTC, sin_BTC = rope_tables(positions_BT, m.head_dim, m.rope_theta)
         context = Context(
             cos_BTC, sin_BTC, MaskSpec(first_key_BT, None if cache is None else cache.write_index)

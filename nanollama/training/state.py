@@ -1,0 +1,95 @@
+"""The training state, born sharded: no device ever holds more of it than its share.
+
+Owns how parameters and optimizer state come to be, and where each array lives. Fresh parameters depend on the
+seed and on each parameter's name and shape only: the same bits on any mesh. Knows nothing of data or the loop.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from nanollama.config import ComputeConfig, Config, ModelConfig
+from nanollama.models.decoder import Decoder, init_params
+from nanollama.parallel.mesh import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a resumed run needs; the position in the data is the step."""
+
+    step: jax.Array  # int32 scalar: updates done
+    params: Any  # float32, plain nested dict
+    opt_state: Any
+
+
+def init_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """(fresh state on `mesh`, the shardings of its arrays), from `config.seed`."""
+    shardings = state_shardings(config, optimizer, mesh)
+    init = jax.jit(functools.partial(_fresh, config, optimizer), out_shardings=shardings)
+    return init(config.seed), shardings
+
+
+def abstract_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> TrainState:
+    """The state's shapes and types, with shardings where `mesh` is given (what a restore asks for). No memory."""
+    abstract = jax.eval_shape(functools.partial(_fresh, config, optimizer), 0)
+    if mesh is None:
+        return abstract
+    return jax.tree.map(
+        lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
+        abstract,
+        state_shardings(config, optimizer, mesh),
+    )
+
+
+def state_shardings(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where every array of the state lives: parameters by `parallel.mesh.RULES`, what the optimizer keeps for a
+    parameter (found by its name) beside it, scalars everywhere. In elastic mode all of it on the first device.
+    """
+    abstract = abstract_state(config, optimizer)
+    if config.determinism == "elastic":
+        first = SingleDeviceSharding(mesh.devices.flat[0])
+        return jax.tree.map(lambda _: first, abstract)
+    everywhere: Sharding = NamedSharding(mesh, PartitionSpec())
+    of_params = jax.tree.map(
+        lambda array, axes: sharding(axes, array.shape, mesh), abstract.params, logical_axes(config.model)
+    )
+    by_name = {_names(path): where for path, where in jax.tree_util.tree_leaves_with_path(of_params)}
+
+    def beside_parameter(path: Any, array: jax.ShapeDtypeStruct) -> Sharding:
+        names = _names(path)
+        tails = (names[start:] for start in range(len(names)))
+        return next((by_name[tail] for tail in tails if tail in by_name), everywhere)
+
+    of_optimizer = jax.tree_util.tree_map_with_path(beside_parameter, abstract.opt_state)
+    return TrainState(everywhere, of_params, of_optimizer)
+
+
+def logical_axes(model: ModelConfig) -> Any:
+    """Tree like the parameters; each leaf is the tuple of logical axis names, "layers" first where stacked."""
+    specs = nn.get_partition_spec(_boxed_parameters(model))
+    return jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def _fresh(config: Config, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    params = nn.meta.unbox(init_params(Decoder(config.model, config.compute), seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed_parameters(model: ModelConfig) -> Any:
+    # The compute settings change neither names, shapes nor axes: take the ones that trace fastest.
+    return jax.eval_shape(functools.partial(init_params, Decoder(model, ComputeConfig(scan_unroll=1))), 0)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

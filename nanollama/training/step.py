@@ -1,0 +1,172 @@
+"""One optimizer step as one compiled program, and its evaluation twin, over a mesh.
+
+Owns accumulation, exact token weighting and the step's metrics. Losses and gradients are summed over tokens and
+divided once, by the weight of the whole global batch: cutting the batch into micro-batches or over devices changes
+nothing but rounding. Knows nothing of files, loaders or the loop. `training.elastic` offers the same functions with
+the same bits on any number of devices.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nanollama.config import Config, ConfigError
+from nanollama.data.files import DataError
+from nanollama.models.decoder import Decoder
+from nanollama.objectives import next_token
+from nanollama.ops.losses import LossSums
+from nanollama.parallel.mesh import batch_sharding
+from nanollama.training.schedules import make_schedule
+from nanollama.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Any, Batch], tuple[jax.Array, LossSums]]
+
+KEYS = ("tokens", "targets", "weights", "positions", "first_key")  # of a batch; all [B, T]
+
+
+def make_train_step(
+    config: Config,
+    decoder: Decoder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> Any:
+    """`step(state, batch) -> (state, metrics)`, jitted: the state is donated and keeps its shardings.
+
+    batch: as `put_batch` returns it. metrics: scalars on the device, see `update`. Errors: ConfigError when the
+    rows do not divide over devices and micro-batches.
+    """
+    check_rows(config, mesh)
+    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            gradients, sums = sum_gradients(
+                loss, state.params, batch, config.batch.micro_batches, shardings.params
+            )
+        return update(state, gradients, sums, optimizer, schedule)
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(config: Config, decoder: Decoder, mesh: Mesh, shardings: TrainState) -> Any:
+    """`evaluate(params, batch) -> LossSums`, jitted: sums, so that the host adds batches exactly. No gradients."""
+    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
+
+    def evaluate(params: Any, batch: Batch) -> LossSums:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return loss(params, batch)[1]
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(evaluate, in_shardings=(shardings.params, batch_sharding(mesh)), out_shardings=everywhere)
+
+
+def put_batch(arrays: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> Batch:
+    """Rows of this process, cut over data and fsdp; other keys than KEYS stay on the host.
+
+    Errors: DataError when no token of them has a weight: their mean loss would be 0 / 0.
+    """
+    del config  # the elastic twin needs it
+    check_weights(arrays)
+    where = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(where, np.asarray(arrays[key])) for key in KEYS}
+
+
+def check_weights(arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse a batch without a loss token, on the host, before it costs a step."""
+    if not np.any(arrays["weights"]):
+        raise DataError(
+            f"a batch of {arrays['weights'].shape} tokens has no token with a loss weight above 0. Look at the "
+            "loss bits of the packed set, or at its padding."
+        )
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Rows must divide into micro-batches, and each micro-batch's rows over the devices."""
+    rows, micro_batches = config.batch.global_rows, config.batch.micro_batches
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (micro_batches * devices):
+        raise ConfigError(
+            "config.batch.global_rows",
+            f"{rows} is not divisible by micro_batches={micro_batches} x data*fsdp={devices}",
+            f"Use a multiple of {micro_batches * devices}, or fewer micro-batches.",
+        )
+
+
+def sum_gradients(
+    loss: Loss, params: Any, batch: Batch, micro_batches: int, shardings: Any = None
+) -> tuple[Any, LossSums]:
+    """Gradients of the summed loss, float32, like `params`, and the sums; one micro-batch in memory at a time.
+
+    Micro-batch m holds rows m::micro_batches, so that rows cut over devices stay where they are.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def pinned(gradients: Any) -> Any:  # without it a gradient can lose an axis of its parameter's sharding
+        return gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, shardings)
+
+    if micro_batches == 1:
+        (_, sums), gradients = gradient(params, batch)
+        return pinned(gradients), sums
+
+    def accumulate(carry: tuple[Any, LossSums], micro_batch: Batch) -> tuple[tuple[Any, LossSums], None]:
+        (_, sums), gradients = gradient(params, micro_batch)
+        return (pinned(jax.tree.map(jnp.add, carry[0], gradients)), carry[1] + sums), None
+
+    zero = jnp.zeros((), jnp.float32)
+    zeros = pinned(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    (gradients, sums), _ = jax.lax.scan(
+        accumulate,
+        (zeros, LossSums(zero, zero, zero, zero, zero)),
+        {key: split_rows(x_BT, micro_batches) for key, x_BT in batch.items()},
+    )
+    return gradients, sums
+
+
+def split_rows(x_BT: Any, micro_batches: int) -> Any:
+    """[B, T] -> [M, B / M, T], micro-batch m holding rows m::M."""
+    return x_BT.reshape(-1, micro_batches, *x_BT.shape[1:]).swapaxes(0, 1)
+
+
+def update(
+    state: TrainState,
+    gradient_sums: Any,
+    sums: LossSums,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, Metrics]:
+    """Divide once, step the optimizer. Metrics, float32 scalars:
+
+    loss (nats per token), z_loss, total (their sum, what is minimised), accuracy, weight (loss tokens), grad_norm
+    (before clipping), update_norm, learning_rate (used for this update), finite (bool: all of these are).
+    """
+    gradients = jax.tree.map(lambda g: g / sums.weight, gradient_sums)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": sums.nll / sums.weight,
+        "z_loss": sums.z / sums.weight,
+        "total": sums.total / sums.weight,
+        "accuracy": sums.correct / sums.weight,
+        "weight": sums.weight,
+        "grad_norm": optax.tree.norm(gradients),
+        "update_norm": optax.tree.norm(updates),
+        "learning_rate": schedule(state.step),
+    }
+    metrics["finite"] = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+    return TrainState(state.step + 1, params, opt_state), metrics
