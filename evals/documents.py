@@ -106,7 +106,7 @@ def packed_rows(
         row_records = records.read(range(first, min(first + count, len(records))))
         row = derive_row(row_records, sequence_length=window, record_length=length, pad_id=tokenizer.pad_id,
                          mask_documents=True)
-        order = []
+        order: list[int] = []
         for record in row_records:
             ends = np.append(record.starts[1:], len(record.tokens))
             for document, source, start, end in zip(record.documents, record.sources, record.starts, ends, strict=True):
