@@ -40,10 +40,10 @@ class SamplingConfig:
 class Rows(NamedTuple):
     """SamplingConfigs of B rows, field by field."""
 
-    temperature_B: jax.Array  # float32
-    top_k_B: jax.Array  # int32
-    top_p_B: jax.Array  # float32
-    seed_B: jax.Array  # uint32
+    temperature_B: Any  # float32
+    top_k_B: Any  # int32
+    top_p_B: Any  # float32
+    seed_B: Any  # uint32
 
 
 def rows_of(configs: Sequence[SamplingConfig]) -> Rows:
