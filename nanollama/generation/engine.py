@@ -8,7 +8,7 @@ tokens before the host looks. Knows tokens, not text.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,7 +130,7 @@ class Engine:
         max_new_tokens: int,
         crop: bool = False,
         run_seconds: float = STREAM_SECONDS,
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta]:
         """Runs of new tokens of up to `max_rows` prompts, as they are made; closing the iterator stops.
 
         crop: of a prompt too long for max_new_tokens to follow, keep the end (at least half the context);
@@ -178,7 +178,7 @@ class Engine:
         limits: list[int],
         reasons: list[str],
         run_seconds: float,
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta]:
         if not prompts:
             return
         batch = self._bucket_rows(len(prompts))
