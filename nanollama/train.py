@@ -24,12 +24,13 @@ from nanollama.experiments import run_folder
 from nanollama.models.accounting import count_parameters, flops_per_token
 from nanollama.models.decoder import Decoder
 from nanollama.parallel import backend
-from nanollama.parallel.mesh import make_mesh
+from nanollama.parallel.mesh import make_mesh, one_device
 from nanollama.training import elastic
 from nanollama.training import step as same_mesh
 from nanollama.training.checkpoint import Checkpoints
 from nanollama.training.metrics import MetricsLog, Throughput, total_peak
 from nanollama.training.optim import make_optimizer
+from nanollama.training.samples import Sampler
 from nanollama.training.state import abstract_state, init_state, state_shardings
 from nanollama.training.stop import StopSignal
 from nanollama.training.validation import Validation
@@ -47,8 +48,8 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
     hosts = dict(host=jax.process_index(), hosts=jax.process_count())
     loader = Loader(mixture, seed=config.seed, global_batch=config.batch.global_rows, **hosts)
     decoder, optimizer = Decoder(config.model, config.compute), make_optimizer(config)
-    validation = Validation(config, decoder, mesh) if config.evaluation.every else None
-    steps = elastic if config.determinism == "elastic" else same_mesh
+    steps, whole = (elastic, one_device(mesh)) if config.determinism == "elastic" else (same_mesh, mesh)
+    validation = Validation(config, decoder, whole) if config.evaluation.every else None
     train_step = steps.make_train_step(config, decoder, optimizer, mesh, state_shardings(config, optimizer, mesh))
 
     with contextlib.ExitStack() as stack:
@@ -69,7 +70,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
             abstract = abstract_state(config, optimizer, mesh)
             state, saved = checkpoints.restore(start, abstract, model=config.model)
             mixture.require_same(saved["mixture"], f"checkpoint {start} of {workdir}")
-            source_tokens += [saved["source_tokens"][name] for name in loader.sources]
+            source_tokens += saved["source_tokens"]
         else:
             state, _ = init_state(config, optimizer, mesh)
 
@@ -82,6 +83,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         )
         stack.callback(log.close)
         watch = Watch(config, log, speed, loader, checkpoints, source_tokens)
+        sampler = Sampler(config, tokenizer, whole, workdir / "samples")
         metadata = {"config": as_dict(config), "tokenizer": tokenizer.sha256, "mixture": mixture.describe()}
 
         # 3. The loop: dispatch a step, read the figures of the one before; save before evaluating.
@@ -92,7 +94,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
             checkpoints.check()
             if stop.requested or step == config.steps or step % config.checkpoint.every == 0:
                 watch.catch_up()  # raises before a state that is not finite can be saved
-                checkpoints.save(step, state, {**metadata, "source_tokens": watch.tokens_by_source()})
+                checkpoints.save(step, state, {**metadata, "source_tokens": watch.source_tokens.tolist()})
             if step == config.steps:
                 break
             if stop.requested:
@@ -102,12 +104,16 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
                 if validation and step % config.evaluation.every == 0:
                     watch.catch_up()
                     log.validation(step, validation.run(state.params))
+                if config.logging.sample_every and step % config.logging.sample_every == 0:
+                    watch.catch_up()
+                    print(sampler.write(step, state.params), flush=True)
 
         # 4. The end: the last checkpoint is on disk before anything is said about it.
         checkpoints.wait()
         figures = validation.run(state.params) if validation else {}
         if figures:
             log.validation(config.steps, figures)
+        print(sampler.write(config.steps, state.params), flush=True)
         run_folder.add_result(workdir, "training", {"step": config.steps, "validation": figures})
     return True
 

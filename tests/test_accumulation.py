@@ -28,8 +28,7 @@ def row_by_row() -> list[tuple[Any, Any]]:
     training, batch = Training(tiny_config(1)), random_batch(3, ROWS)
     program = jax.jit(lambda params, row: training.gradient_program(params, row))
     return [
-        jax.device_get(program(training.state.params, {k: x[r : r + 1] for k, x in batch.items()}))
-        for r in range(ROWS)
+        jax.device_get(program(training.state.params, {k: x[r : r + 1] for k, x in batch.items()})) for r in range(ROWS)
     ]
 
 
@@ -117,9 +116,7 @@ def continue_greedily(training: Training, start: list[int], count: int) -> list[
     @jax.jit
     def logits_TV(params, tokens_1T):
         positions = jnp.arange(LENGTH)[None]
-        hidden_BTD, _ = training.decoder.apply(
-            {"params": params}, tokens_1T, positions, jnp.zeros_like(positions)
-        )
+        hidden_BTD, _ = training.decoder.apply({"params": params}, tokens_1T, positions, jnp.zeros_like(positions))
         return (hidden_BTD @ head(params))[0]
 
     tokens = list(start)

@@ -48,9 +48,7 @@ def make_state(step: int = 0, sharding: jax.sharding.Sharding | None = None) -> 
         if sharding is None
         else jax.device_put(
             state,
-            jax.tree.map(
-                lambda x: sharding if x.ndim else NamedSharding(sharding.mesh, PartitionSpec()), state
-            ),
+            jax.tree.map(lambda x: sharding if x.ndim else NamedSharding(sharding.mesh, PartitionSpec()), state),
         )
     )
 
@@ -133,9 +131,7 @@ def flip_bit(path: Path) -> None:
 
 def check_every_flip_is_found(folder: Path) -> None:
     names = data_files(folder)
-    assert (
-        any(name.startswith("state/d/") or "/d/" in name for name in names) and "metadata/metadata" in names
-    )
+    assert any(name.startswith("state/d/") or "/d/" in name for name in names) and "metadata/metadata" in names
     for name in names:
         flip_bit(folder / name)
         damage = integrity.find_damage(folder)
@@ -203,9 +199,7 @@ def test_disk_full_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write_hash_list", full)
     checkpoints.save(2, make_state(2), METADATA)
-    with pytest.raises(
-        CheckpointError, match=r"saving step 2 .*No space left on device.* GB free.*step 1 is good"
-    ):
+    with pytest.raises(CheckpointError, match=r"saving step 2 .*No space left on device.* GB free.*step 1 is good"):
         checkpoints.wait()
     monkeypatch.undo()
     assert Checkpoints(tmp_path, CheckpointConfig()).latest() == 1
@@ -239,9 +233,7 @@ except CheckpointError as error:
 """
     result = run_python(code, str(tmp_path))
     assert result.returncode == 1, result.stderr
-    assert (
-        "stopped: saving step 2 to" in result.stderr and "The checkpoint of step 1 is good" in result.stderr
-    )
+    assert "stopped: saving step 2 to" in result.stderr and "The checkpoint of step 1 is good" in result.stderr
     assert Checkpoints(tmp_path, CheckpointConfig()).latest() == 1
 
 

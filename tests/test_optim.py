@@ -28,9 +28,7 @@ AXES = {
     },
 }
 SIZES = {"vocab": 11, "embed": 8, "heads": 2, "head_dim": 3, "ffn": 12, "layers": 3, "norm": 8}
-SHAPES = jax.tree.map(
-    lambda axes: tuple(SIZES[a] for a in axes), AXES, is_leaf=lambda leaf: isinstance(leaf, tuple)
-)
+SHAPES = jax.tree.map(lambda axes: tuple(SIZES[a] for a in axes), AXES, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def rate(step):
@@ -150,9 +148,7 @@ def muon_twin_of_tree(config: OptimizerConfig, params: dict, gradients: list[dic
         jax.tree.map(lambda x, n=n: x * min(1.0, config.clip_norm / n), g)
         for g, n in zip(gradients, norms, strict=True)
     ]
-    expected = adamw_twin(
-        OptimizerConfig(weight_decay=config.weight_decay, clip_norm=0), params, clipped, DECAYED
-    )
+    expected = adamw_twin(OptimizerConfig(weight_decay=config.weight_decay, clip_norm=0), params, clipped, DECAYED)
     flat = {"query": (8, 6), "output": (6, 8), "up": (8, 12)}
     for name, shape in flat.items():
         layers = [
@@ -204,9 +200,7 @@ def test_every_parameter_of_the_model_has_its_treatment():
         for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
     }
     matrices = {name for name, names in named.items() if optim.is_matrix(names)}
-    assert matrices == {
-        f"layers/{name}" for name in ("query", "key", "value", "output", "gate", "up", "down")
-    }
+    assert matrices == {f"layers/{name}" for name in ("query", "key", "value", "output", "gate", "up", "down")}
     undecayed = {name for name, names in named.items() if "norm" in names}
     assert undecayed == {"final_norm", "layers/attention_norm", "layers/mlp_norm"}
     assert set(named) - matrices - undecayed == {"embedding", "head"}

@@ -17,23 +17,19 @@ def twin(schedule: ScheduleConfig, peak: float, steps: int, step: int) -> float:
     """The same rate, branch by branch."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
-    decay_steps = {"wsd": schedule.decay_steps, "cosine": steps - schedule.warmup_steps, "constant": 0}[
-        schedule.name
-    ]
+    decay_steps = {"wsd": schedule.decay_steps, "cosine": steps - schedule.warmup_steps, "constant": 0}[schedule.name]
     if step < steps - decay_steps or decay_steps == 0:
         return peak
     x = min((step + 1 - (steps - decay_steps)) / decay_steps, 1.0)
     name = "cosine" if schedule.name == "cosine" else schedule.decay_shape
-    left = {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "one_minus_sqrt": 1 - math.sqrt(x)}[
-        name
-    ]
+    left = {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "one_minus_sqrt": 1 - math.sqrt(x)}[name]
     return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * left)
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1])
-@pytest.mark.parametrize("warmup, decay", [(0, 0), (1, 0), (7, 20), (0, 50), (30, 20)])
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (1, 0), (7, 20), (0, 50), (30, 20)])
 @pytest.mark.parametrize(
-    "name, shape",
+    ("name", "shape"),
     [
         ("wsd", "linear"),
         ("wsd", "cosine"),

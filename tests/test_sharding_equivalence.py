@@ -29,9 +29,7 @@ def single_device_gradient() -> tuple[Any, Any]:
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:
     """Each array's largest error, relative to its largest value: a sum of n float32 terms whose order changed is off
     by about 6e-8 * sqrt(n) of the terms' size, however small the sum itself comes out."""
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         error = np.max(np.abs(np.float64(x) - np.float64(y))) / max(float(np.max(np.abs(y))), 1e-30)
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e}"
 
@@ -62,9 +60,7 @@ def test_a_wrong_gradient_would_be_found():
 def test_update_on_a_mesh_equals_one_device(config):
     """The optimizer alone, on gradients that are all of ordinary size (Adam divides by the root of tiny ones)."""
     random = np.random.default_rng(0)
-    gradients = jax.tree.map(
-        lambda x: random.normal(size=x.shape).astype(np.float32), host_state(config).params
-    )
+    gradients = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), host_state(config).params)
     updates = []
     for mesh in (MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)):
         training = Training(config, mesh)

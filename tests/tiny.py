@@ -90,10 +90,14 @@ class Training:
         self.optimizer = make_optimizer(config)
         self.decoder = Decoder(config.model, config.compute)
         self.shardings = state_shardings(config, self.optimizer, self.mesh)
-        self.state = jax.device_put(host_state(config), self.shardings)
         self.step = program.make_train_step(config, self.decoder, self.optimizer, self.mesh, self.shardings)
         self.evaluate = program.make_eval_step(config, self.decoder, self.mesh, self.shardings)
         self.put = functools.partial(program.put_batch, config=config, mesh=self.mesh)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """Fresh, until a step or a test puts another in its place."""
+        return jax.device_put(host_state(self.config), self.shardings)
 
     def train(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """One step, as the loop does it; returns the metrics on the device."""
@@ -108,7 +112,5 @@ class Training:
 
     def gradient(self, batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
         """(gradients of the summed loss, sums), on the host."""
-        program = jax.jit(
-            self.gradient_program, in_shardings=(self.shardings.params, batch_sharding(self.mesh))
-        )
+        program = jax.jit(self.gradient_program, in_shardings=(self.shardings.params, batch_sharding(self.mesh)))
         return jax.device_get(program(self.state.params, self.put(batch)))

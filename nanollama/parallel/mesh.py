@@ -63,6 +63,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def one_device(mesh: Mesh) -> Mesh:
+    """The mesh of just the first device: where elastic mode keeps the state."""
+    return make_mesh(MeshConfig(data=1), [mesh.devices.flat[0]])
+
+
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Where an array with these logical axes and shape lives.
 

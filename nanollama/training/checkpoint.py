@@ -57,9 +57,7 @@ class Checkpoints:
         self._set_aside_from(step)
         self._saving = step
         try:
-            items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(dict(metadata))
-            )
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(dict(metadata)))
             with jax.transfer_guard("allow"):  # copies to the host are what a save is
                 manager.save(step, args=items, force=True)
         except OSError as error:
@@ -79,9 +77,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._verified.add(self._saving)
-        except (
-            Exception
-        ) as error:  # Orbax raises whatever its threads raised: OSError, XlaRuntimeError, ValueError
+        except Exception as error:  # Orbax raises whatever its threads raised: OSError, XlaRuntimeError, ValueError
             raise self._save_error(error) from error
         finally:
             self._saving = None
@@ -126,9 +122,7 @@ class Checkpoints:
         if model is not None:
             _check_model(folder, metadata, model)
         _check_arrays(folder, abstract_state)
-        return _read_arrays(
-            folder, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract_state)
-        ), metadata
+        return _read_arrays(folder, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract_state)), metadata
 
     @cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -197,9 +191,7 @@ def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -
         shardings = jax.tree.map(lambda _: shardings or default, saved)
     abstract = {
         "params": jax.tree.map(
-            lambda array, sharding: jax.ShapeDtypeStruct(
-                array.shape, dtype or array.dtype, sharding=sharding
-            ),
+            lambda array, sharding: jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=sharding),
             saved,
             shardings,
         )
@@ -267,8 +259,7 @@ def _check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig) 
         saved = to_mapping(from_mapping(ModelConfig, metadata["config"]["model"], "config.model"))
     except (KeyError, TypeError, FieldError) as error:
         raise CheckpointError(
-            f"{folder}: its metadata names no architecture this version knows ({error}). "
-            "Use the version that wrote it."
+            f"{folder}: its metadata names no architecture this version knows ({error}). Use the version that wrote it."
         ) from error
     asked = to_mapping(model)
     different = [
@@ -286,9 +277,7 @@ def _check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig) 
 def _check_arrays(folder: Path, abstract_state: Any) -> None:
     saved, asked = (
         {
-            jax.tree_util.keystr(
-                path, simple=True, separator="/"
-            ): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+            jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
         for tree in (_saved_arrays(folder), abstract_state)
@@ -308,9 +297,7 @@ def _check_arrays(folder: Path, abstract_state: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """`hash DIR` and `list DIR`."""
-    parser = argparse.ArgumentParser(
-        prog="nanollama.training.checkpoint", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="nanollama.training.checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["hash", "list"])
     parser.add_argument("directory", help="run folder, checkpoints folder, or (hash) one step's folder")
     options = parser.parse_args(arguments)

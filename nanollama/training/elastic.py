@@ -82,10 +82,7 @@ def put_batch(arrays: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> T
     turns = config.batch.micro_batches // mesh.size
     where = NamedSharding(mesh, PartitionSpec("data"))
     stacked = {key: split_rows(arrays[key], config.batch.micro_batches) for key in KEYS}
-    return [
-        jax.device_put({key: x_MBT[turn::turns] for key, x_MBT in stacked.items()}, where)
-        for turn in range(turns)
-    ]
+    return [jax.device_put({key: x_MBT[turn::turns] for key, x_MBT in stacked.items()}, where) for turn in range(turns)]
 
 
 def check_devices(config: Config, mesh: Mesh) -> None:
@@ -108,9 +105,7 @@ def on_each_device(function: Callable[[Any, Batch], Any], mesh: Mesh) -> Callabl
     """jitted `program(params, [D, rows, T] batch) -> tree of [D, ...]`: device d computes slice d by itself."""
 
     def local(params: Any, batch: Batch) -> Any:
-        with jax.sharding.use_abstract_mesh(
-            AbstractMesh((), ())
-        ):  # inside, there is one device and no layout
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # inside, there is one device and no layout
             result = function(params, jax.tree.map(lambda x: x[0], batch))
         return jax.tree.map(lambda x: x[None], result)
 

@@ -22,9 +22,7 @@ _NOT_HASHED = {HASH_LIST, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 def write_hash_list(folder: Path) -> None:
     """List every file of a finished but not yet committed checkpoint, with its size and SHA-256."""
-    files = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     listed = {name: path for name, path in files.items() if path.name not in _NOT_HASHED}
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
         hashes = dict(zip(listed, pool.map(sha256_file, listed.values()), strict=True))

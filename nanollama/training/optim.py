@@ -35,9 +35,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return build_optimizer(config.optimizer, schedule, logical_axes(config.model))
 
 
-def build_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, axes: Any
-) -> optax.GradientTransformation:
+def build_optimizer(config: OptimizerConfig, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
     """As `make_optimizer`, for parameters with the logical axes of the tree `axes` (leaves: tuples of names)."""
     is_decayed = _map_axes(lambda names: "norm" not in names, axes)
     return optax.chain(

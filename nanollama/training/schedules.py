@@ -28,9 +28,7 @@ def make_schedule(schedule: ScheduleConfig, peak: float, steps: int) -> optax.Sc
 
     peak: the highest rate; steps: of the whole run. Errors: ConfigError when the parts do not fit into `steps`.
     """
-    decay_steps = {"constant": 0, "cosine": steps - schedule.warmup_steps, "wsd": schedule.decay_steps}[
-        schedule.name
-    ]
+    decay_steps = {"constant": 0, "cosine": steps - schedule.warmup_steps, "wsd": schedule.decay_steps}[schedule.name]
     if decay_steps < 0 or schedule.warmup_steps + decay_steps > steps:
         raise ConfigError(
             "config.schedule",
@@ -43,9 +41,7 @@ def make_schedule(schedule: ScheduleConfig, peak: float, steps: int) -> optax.Sc
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
         done = jnp.asarray(step, jnp.float32) + 1  # updates finished after this one; exact below 2**24
         warm = jnp.minimum(done / max(warmup_steps, 1), 1.0)
-        decayed = (
-            jnp.clip((done - first_decayed) / max(decay_steps, 1), 0.0, 1.0) if decay_steps else jnp.zeros(())
-        )
+        decayed = jnp.clip((done - first_decayed) / max(decay_steps, 1), 0.0, 1.0) if decay_steps else jnp.zeros(())
         return jnp.float32(peak) * warm * (final + (1 - final) * shape(decayed))
 
     return rate

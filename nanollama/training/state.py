@@ -28,18 +28,14 @@ class TrainState:
     opt_state: Any
 
 
-def init_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[TrainState, TrainState]:
+def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """(fresh state on `mesh`, the shardings of its arrays), from `config.seed`."""
     shardings = state_shardings(config, optimizer, mesh)
     init = jax.jit(functools.partial(_fresh, config, optimizer), out_shardings=shardings)
     return init(config.seed), shardings
 
 
-def abstract_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
-) -> TrainState:
+def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
     """The state's shapes and types, with shardings where `mesh` is given (what a restore asks for). No memory."""
     abstract = jax.eval_shape(functools.partial(_fresh, config, optimizer), 0)
     if mesh is None:
@@ -52,8 +48,10 @@ def abstract_state(
 
 
 def state_shardings(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where every array of the state lives: parameters by `parallel.mesh.RULES`, what the optimizer keeps for a
-    parameter (found by its name) beside it, scalars everywhere. In elastic mode all of it on the first device.
+    """Where every array of the state lives.
+
+    Parameters by `parallel.mesh.RULES`; what the optimizer keeps for a parameter, found by its name and shape,
+    beside it; the rest (scalars) everywhere. In elastic mode all of it is on the first device.
     """
     abstract = abstract_state(config, optimizer)
     if config.determinism == "elastic":
@@ -63,15 +61,20 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
     of_params = jax.tree.map(
         lambda array, axes: sharding(axes, array.shape, mesh), abstract.params, logical_axes(config.model)
     )
-    by_name = {_names(path): where for path, where in jax.tree_util.tree_leaves_with_path(of_params)}
+    by_name = {
+        (_names(path), array.shape): where
+        for (path, array), where in zip(
+            jax.tree_util.tree_leaves_with_path(abstract.params), jax.tree.leaves(of_params), strict=True
+        )
+    }
 
     def beside_parameter(path: Any, array: jax.ShapeDtypeStruct) -> Sharding:
         names = _names(path)
-        tails = (names[start:] for start in range(len(names)))
+        tails = ((names[start:], array.shape) for start in range(len(names)))
         return next((by_name[tail] for tail in tails if tail in by_name), everywhere)
 
     of_optimizer = jax.tree_util.tree_map_with_path(beside_parameter, abstract.opt_state)
-    return TrainState(everywhere, of_params, of_optimizer)
+    return TrainState(everywhere, of_params, of_optimizer)  # type: ignore[arg-type]
 
 
 def logical_axes(model: ModelConfig) -> Any:

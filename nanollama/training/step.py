@@ -118,9 +118,7 @@ def make_gradient(
     return gradient
 
 
-def sum_gradients(
-    loss: Loss, params: Any, batch: Batch, micro_batches: int, shardings: Any
-) -> tuple[Any, LossSums]:
+def sum_gradients(loss: Loss, params: Any, batch: Batch, micro_batches: int, shardings: Any) -> tuple[Any, LossSums]:
     """Gradients of the summed loss, float32, like `params`, and the sums; one micro-batch in memory at a time.
 
     Micro-batch m holds rows m::micro_batches, so that rows cut over devices stay where they are.

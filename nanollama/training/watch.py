@@ -36,7 +36,7 @@ class Watch:
         """source_tokens: labels seen so far per source of `loader`, [S] int64."""
         self.throughput = throughput
         self._config, self._log, self._loader, self._checkpoints = config, log, loader, checkpoints
-        self._source_tokens = source_tokens
+        self.source_tokens = source_tokens
         self._pending: tuple[int, dict[str, jax.Array], HostBatch] | None = None
 
     def dispatched(self, step: int, scalars: dict[str, jax.Array], batch: HostBatch) -> None:
@@ -50,26 +50,20 @@ class Watch:
             return
         (step, scalars, batch), self._pending = self._pending, None
         values = {name: value.item() for name, value in jax.device_get(scalars).items()}
-        self._source_tokens += batch.source_tokens
+        self.source_tokens += batch.source_tokens
         if not values["finite"]:
             self._stop(step, values)
         rows, length = self._config.batch.global_rows, self._config.data.sequence_length
         speed = self.throughput.update(step, rows * length)
         if self._log.due(step):
             host: dict[str, Any] = {
-                "tokens": int(self._source_tokens.sum()),
+                "tokens": int(self.source_tokens.sum()),
                 **speed,
-                "epochs": self._loader.epochs(self._source_tokens),
-                "source_tokens": self.tokens_by_source(),
+                "epochs": self._loader.epochs(self.source_tokens),
+                "source_tokens": dict(zip(self._loader.sources, self.source_tokens.tolist(), strict=True)),
                 "memory_bytes": memory_bytes(),
             }
             self._log.train(step, {name: values[name] for name in _LOGGED}, host)
-
-    def tokens_by_source(self) -> dict[str, int]:
-        """Labels seen so far, per source."""
-        return {
-            name: int(seen) for name, seen in zip(self._loader.sources, self._source_tokens, strict=True)
-        }
 
     def _stop(self, step: int, values: dict[str, Any]) -> None:
         self._checkpoints.wait()

@@ -1,0 +1,170 @@
+"""The same Llama in plain PyTorch: eager, SDPA, fused AdamW, float32.
+
+Owns the other side of `train_cpu.py`; runs in an environment of its own, imports torch and numpy only, reads
+weights and batches from the .npz that `workload.py` writes, and prints one JSON line.
+    python benchmarks/torch_twin.py WORKLOAD.npz [--steps N]
+"""
+
+import argparse
+import json
+import platform
+import resource
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.scale, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.scale, self.eps)
+
+
+def apply_rope(x_BHTK: torch.Tensor, cos_BTC: torch.Tensor, sin_BTC: torch.Tensor) -> torch.Tensor:
+    left, right = x_BHTK.chunk(2, dim=-1)
+    cos, sin = cos_BTC[:, None], sin_BTC[:, None]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+class Block(nn.Module):
+    def __init__(self, m: dict[str, Any]):
+        super().__init__()
+        D, K, self.K = m["hidden_size"], m["head_dim"], m["head_dim"]
+        self.H, self.G = m["num_heads"], m["num_kv_heads"]
+        self.attention_norm = RMSNorm(D, m["norm_eps"])
+        self.query = nn.Linear(D, self.H * K, bias=False)
+        self.key = nn.Linear(D, self.G * K, bias=False)
+        self.value = nn.Linear(D, self.G * K, bias=False)
+        self.output = nn.Linear(self.H * K, D, bias=False)
+        self.mlp_norm = RMSNorm(D, m["norm_eps"])
+        self.gate = nn.Linear(D, m["intermediate_size"], bias=False)
+        self.up = nn.Linear(D, m["intermediate_size"], bias=False)
+        self.down = nn.Linear(m["intermediate_size"], D, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor, rope: tuple, seen_B1TS: torch.Tensor | None) -> torch.Tensor:
+        B, T, _ = x_BTD.shape
+        h = self.attention_norm(x_BTD)
+        q = apply_rope(self.query(h).view(B, T, self.H, self.K).transpose(1, 2), *rope)
+        k = apply_rope(self.key(h).view(B, T, self.G, self.K).transpose(1, 2), *rope)
+        v = self.value(h).view(B, T, self.G, self.K).transpose(1, 2)
+        a = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen_B1TS, is_causal=seen_B1TS is None, enable_gqa=True
+        )
+        x_BTD = x_BTD + self.output(a.transpose(1, 2).reshape(B, T, self.H * self.K))
+        h = self.mlp_norm(x_BTD)
+        return x_BTD + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Decoder(nn.Module):
+    def __init__(self, m: dict[str, Any]):
+        super().__init__()
+        D, V = m["hidden_size"], m["vocab_size"]
+        self.m = m
+        self.embedding = nn.Embedding(V, D)
+        self.layers = nn.ModuleList([Block(m) for _ in range(m["num_layers"])])
+        self.final_norm = RMSNorm(D, m["norm_eps"])
+        self.head = nn.Linear(D, V, bias=False)
+        if m["tie_embeddings"]:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, batch: dict[str, torch.Tensor], packed: bool) -> torch.Tensor:
+        K, T = self.m["head_dim"], batch["tokens"].shape[1]
+        exponents = torch.arange(0, K, 2, dtype=torch.float32) / K
+        angles = batch["positions"].float()[..., None] * self.m["rope_theta"] ** -exponents
+        seen = None
+        if packed:
+            index = torch.arange(T)
+            seen = (index >= batch["first_key"][..., None]) & (index <= index[:, None])
+            seen = seen[:, None]
+        x = self.embedding(batch["tokens"])
+        for layer in self.layers:
+            x = layer(x, (angles.cos(), angles.sin()), seen)
+        return self.head(self.final_norm(x))
+
+
+def load_weights(model: Decoder, weights: Any) -> None:
+    """Copy ours in: nn.Linear keeps [out, in], so matrices are flattened to 2-D and transposed."""
+    with torch.no_grad():
+        model.embedding.weight.copy_(torch.from_numpy(weights["weights/embedding"]))
+        if not model.m["tie_embeddings"]:
+            model.head.weight.copy_(torch.from_numpy(weights["weights/head"]).T)
+        model.final_norm.scale.copy_(torch.from_numpy(weights["weights/final_norm"]))
+        for name in ("attention_norm", "mlp_norm"):
+            for layer, scale in zip(model.layers, weights[f"weights/layers/{name}"], strict=True):
+                getattr(layer, name).scale.copy_(torch.from_numpy(scale))
+        for name in ("query", "key", "value", "output", "gate", "up", "down"):
+            for layer, matrix in zip(model.layers, weights[f"weights/layers/{name}"], strict=True):
+                target = getattr(layer, name).weight
+                target.copy_(torch.from_numpy(matrix).reshape(target.shape[1], target.shape[0]).T)
+
+
+def loss_of(model: Decoder, batch: dict[str, torch.Tensor], work: dict[str, Any]) -> torch.Tensor:
+    """Mean over the tokens that count of -log p(target) + z_loss * logsumexp^2."""
+    logits = model(batch, work["packed"]).flatten(0, 1)
+    targets, weights = batch["targets"].flatten(), batch["weights"].flatten()
+    if work["packed"]:
+        loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+    else:
+        loss = F.cross_entropy(logits, targets)
+    if work["z_loss"]:
+        loss = loss + work["z_loss"] * (logits.logsumexp(-1) ** 2 * weights).sum() / weights.sum()
+    return loss
+
+
+def make_optimizer(model: Decoder, work: dict[str, Any]) -> torch.optim.Optimizer:
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [
+        {"params": matrices, "weight_decay": work["weight_decay"]},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    betas = (work["b1"], work["b2"])
+    return torch.optim.AdamW(groups, lr=work["learning_rate"], betas=betas, eps=work["eps"], fused=True)
+
+
+def run(path: str, steps: int) -> dict[str, Any]:
+    """Train on the first `steps` batches; losses, and wall and processor time of each step."""
+    file = np.load(path)
+    work = json.loads(str(file["workload"]))
+    model = Decoder(work["model"])
+    load_weights(model, file)
+    optimizer = make_optimizer(model, work)
+    names = ("tokens", "targets", "weights", "positions", "first_key")
+    batches = {name: torch.from_numpy(file[f"batches/{name}"]) for name in names}
+    for name in ("tokens", "targets"):
+        batches[name] = batches[name].long()
+    losses, wall, processor = [], [], []
+    for step in range(steps or work["steps"]):
+        batch = {name: array[step] for name, array in batches.items()}
+        wall_start, processor_start = time.perf_counter(), time.process_time()
+        loss = loss_of(model, batch, work)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), work["clip_norm"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        wall.append(time.perf_counter() - wall_start)
+        processor.append(time.process_time() - processor_start)
+    return {
+        "losses": losses,
+        "wall_seconds": wall,
+        "processor_seconds": processor,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workload")
+    parser.add_argument("--steps", type=int, default=0, help="0 = all batches")
+    arguments = parser.parse_args()
+    print(json.dumps(run(arguments.workload, arguments.steps)))

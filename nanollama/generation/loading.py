@@ -1,0 +1,45 @@
+"""A checkpoint ready for use: its parameters, what they are, and the tokenizer they were trained with.
+
+Owns finding the tokenizer beside a checkpoint and refusing another one. Knows nothing of sampling or scoring.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanollama.config import Config, resolve
+from nanollama.data.tokenizer import Tokenizer
+from nanollama.models.decoder import Params
+from nanollama.training.checkpoint import find_step_folder, restore_params
+
+
+class LoadedModel(NamedTuple):
+    """A trained model."""
+
+    params: Params
+    config: Config
+    tokenizer: Tokenizer
+    folder: Path  # of the checkpoint, named by its step
+
+    @property
+    def step(self) -> int:
+        return int(self.folder.name)
+
+    def describe(self) -> dict[str, Any]:
+        """Which checkpoint a result is of; no path of this machine."""
+        return {"name": self.config.name, "step": self.step, "run": self.folder.parent.parent.name,
+                "tokenizer": self.tokenizer.sha256}
+
+
+def load_model(checkpoint: str | Path, tokenizer: str | Path | None = None) -> LoadedModel:
+    """Load a run folder's, checkpoints folder's or step folder's newest good checkpoint, float32, on one device.
+
+    tokenizer: its directory; default: the one in the run folder. Errors: CheckpointError where there is no good
+    checkpoint; DataError with both hashes when the tokenizer is not the checkpoint's own.
+    """
+    folder = find_step_folder(checkpoint)
+    beside = folder.parent.parent / "tokenizer"
+    frozen = Tokenizer.load(tokenizer or beside)
+    params, metadata = restore_params(folder)
+    frozen.require(metadata["tokenizer"], f"Checkpoint {folder}",
+                   f"Give the run's own tokenizer: --tokenizer={beside}")
+    return LoadedModel(params, resolve(metadata["config"]), frozen, folder)

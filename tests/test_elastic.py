@@ -1,0 +1,139 @@
+"""determinism='elastic': the same bits on 1, 2, 4 and 8 devices, and through kills with changes between them."""
+
+import itertools
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_training import ROWS, config_for
+from tiny import Training, random_batch, tiny_config
+
+from nanollama.config import ConfigError, MeshConfig
+from nanollama.training import elastic
+from nanollama.training.elastic import TreeSum
+from nanollama.training.integrity import state_hashes, tree_hash
+
+SCRIPT = Path(__file__).with_name("run_training.py")
+CONFIG = config_for("elastic")
+
+
+def train(devices: list[int], steps: int, config=CONFIG) -> Training:
+    """`steps` steps, the number of devices changing from step to step as `devices` says, around and around."""
+    runs = {count: Training(config, MeshConfig(data=count)) for count in sorted(set(devices))}
+    state = runs[devices[0]].state
+    for step, count in zip(range(1, steps + 1), itertools.cycle(devices), strict=False):
+        run = runs[count]
+        run.state = jax.device_put(state, run.shardings)
+        run.train(random_batch(step, ROWS))
+        state = run.state
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> str:
+    return tree_hash(train([1], 4).state)
+
+
+@pytest.mark.parametrize("devices", [[2], [8], [8, 1, 4, 2]], ids=str)
+def test_same_bits_on_any_number_of_devices(unbroken, devices):
+    assert tree_hash(train(devices, 4).state) == unbroken
+
+
+def test_data_parallel_alone_does_not_do_it():
+    """The mutant: one sharded program, whose all-reduce sums in an order that depends on the devices."""
+    plain = tiny_config(ROWS)
+    assert tree_hash(train([1], 4, plain).state) != tree_hash(train([8], 4, plain).state)
+
+
+def test_kills_with_device_changes_between(tmp_path):
+    """8 -> 1 -> 4 -> 2 devices, a process each, killed with -9 while saving: the bits of an unbroken run."""
+    for devices, die_at in ((8, 2), (1, 4), (4, 6), (2, 0)):
+        done = subprocess.run(
+            [sys.executable, SCRIPT, tmp_path, "elastic", str(devices), "7", str(die_at)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == (-9 if die_at else 0), done.stderr
+    command = [sys.executable, "-m", "nanollama.training.checkpoint", "hash", tmp_path]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    expected = state_hashes(train([1], 7).state)
+    assert dict(line.split() for line in printed.splitlines()) == {k: str(v) for k, v in expected.items()}
+
+
+def test_equals_the_plain_step_but_for_rounding():
+    batch = random_batch(0, ROWS)
+    metrics = jax.device_get(Training(CONFIG, MeshConfig(4)).train(batch))
+    expected = jax.device_get(Training(tiny_config(ROWS, schedule=CONFIG.schedule)).train(batch))
+    assert metrics.keys() == expected.keys() and metrics["weight"] == expected["weight"]
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_evaluation_has_the_same_bits_too():
+    sums = []
+    for devices in (1, 8):
+        run = Training(CONFIG, MeshConfig(data=devices))
+        sums.append(jax.device_get(run.evaluate(run.state.params, run.put(random_batch(1, ROWS)))))
+    assert sums[0] == sums[1] and sums[0].weight == random_batch(1, ROWS)["weights"].sum()
+
+
+def test_devices_do_not_speak_to_each_other():
+    run = Training(CONFIG, MeshConfig(data=8))
+    program = elastic.on_each_device(lambda params, batch: params * batch["tokens"].sum(), run.mesh)
+    batch = {"tokens": jnp.ones((8, 2, 4))}
+    text = program.lower(jnp.ones((3,)), batch).compile().as_text()
+    assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+
+
+def slow_tree(values: list[np.ndarray]) -> np.ndarray:
+    """The definition: pair neighbours, level by level; the odd one out moves up."""
+    while len(values) > 1:
+        values = [values[i] if i + 1 == len(values) else values[i] + values[i + 1] for i in range(0, len(values), 2)]
+    return values[0]
+
+
+@pytest.mark.parametrize("count", [*range(1, 10), 12, 16, 32])
+def test_tree_sum_does_not_depend_on_the_order_of_arrival(count):
+    values = list(np.random.default_rng(count).normal(size=(count, 50)).astype(np.float32))
+
+    def tree_sum(order) -> np.ndarray:
+        tree = TreeSum(count, np.add)
+        for index in order:
+            tree.put(index, values[index])
+        return tree.total
+
+    expected = slow_tree(values)
+    orders = [list(range(count)), list(reversed(range(count)))]
+    orders += [random.Random(seed).sample(range(count), count) for seed in range(5)]
+    assert all(np.array_equal(tree_sum(order), expected) for order in orders)
+    if count > 8:  # the mutant: a running sum in the order of arrival
+        assert any(not np.array_equal(sum(values[i] for i in order), sum(values)) for order in orders[1:])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 32, 100])
+def test_tree_sum_keeps_few_values(count):
+    alive = most = 0
+
+    def add(left, right):
+        nonlocal alive
+        alive -= 1
+        return left + right
+
+    tree = TreeSum(count, add)
+    for index in range(count):
+        alive += 1
+        tree.put(index, 1)
+        most = max(most, alive)
+    assert tree.total == count and most <= math.log2(count) + 1
+
+
+def test_devices_must_divide_the_micro_batches():
+    with pytest.raises(ConfigError, match=r"config\.batch\.micro_batches: 4 is not divisible by the 8 devices"):
+        Training(tiny_config(8, 4, determinism="elastic"), MeshConfig(data=8))
