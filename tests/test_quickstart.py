@@ -16,7 +16,7 @@ from nanollama.stages import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = "configs/pipelines/quickstart.py:tiny"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quickstart")]  # one worker: they share a run
 
 
 def start(workdir):
