@@ -31,7 +31,7 @@ TOLERANCE = 1e-3  # nats, at every step
 WARM_UP = 2  # steps that are not timed: compilation, first touch of memory
 NO_TORCH = """no PyTorch to compare with at {path}. Make it an environment of its own:
     python -m venv .venv-torch
-    .venv-torch/bin/pip install numpy torch --index-url https://download.pytorch.org/whl/cpu"""
+    .venv-torch/bin/pip install numpy torch"""
 
 
 @contextmanager
