@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import flax.struct
@@ -106,6 +107,20 @@ def test_state_may_be_donated_at_once(tmp_path, asynchronous):
     for step in range(3):
         restored, _ = checkpoints.restore(step, abstract(state))
         np.testing.assert_array_equal(restored["x"], np.arange(1 << 20, dtype=np.float32) + step)
+
+
+def test_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    disk = threading.Event()
+    monkeypatch.setattr(
+        checkpoint, "write_hash_list", lambda folder: (disk.wait(60), integrity.write_hash_list(folder))
+    )
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, make_state(1), METADATA)  # returns, although the disk does not
+    checkpoints.check()
+    assert checkpoints.steps() == [], "no folder may have its final name before its hashes are in it"
+    disk.set()
+    checkpoints.wait()
+    assert checkpoints.latest() == 1
 
 
 def test_works_under_the_loops_transfer_guard(tmp_path):

@@ -15,6 +15,7 @@ from run_training import ROWS, config_for
 from tiny import Training, random_batch, tiny_config
 
 from nanollama.config import ConfigError, MeshConfig
+from nanollama.parallel.mesh import make_mesh
 from nanollama.training import elastic
 from nanollama.training.elastic import TreeSum
 from nanollama.training.integrity import state_hashes, tree_hash
@@ -84,12 +85,17 @@ def test_evaluation_has_the_same_bits_too():
     assert sums[0] == sums[1] and sums[0].weight == random_batch(1, ROWS)["weights"].sum()
 
 
+def collectives(function) -> set[str]:
+    mesh = make_mesh(MeshConfig(data=8))
+    program = elastic.on_each_device(function, mesh)
+    text = program.lower(jnp.ones((3,)), {"tokens": jnp.ones((8, 2, 4))}).compile().as_text()
+    return {word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text}
+
+
 def test_devices_do_not_speak_to_each_other():
-    run = Training(CONFIG, MeshConfig(data=8))
-    program = elastic.on_each_device(lambda params, batch: params * batch["tokens"].sum(), run.mesh)
-    batch = {"tokens": jnp.ones((8, 2, 4))}
-    text = program.lower(jnp.ones((3,)), batch).compile().as_text()
-    assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+    assert collectives(lambda params, batch: params * batch["tokens"].sum()) == set()
+    mutant = collectives(lambda params, batch: params * jax.lax.psum(batch["tokens"].sum(), "data"))
+    assert mutant == {"all-reduce"}
 
 
 def slow_tree(values: list[np.ndarray]) -> np.ndarray:

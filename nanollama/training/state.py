@@ -32,7 +32,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
     """(fresh state on `mesh`, the shardings of its arrays), from `config.seed`."""
     shardings = state_shardings(config, optimizer, mesh)
     init = jax.jit(functools.partial(_fresh, config, optimizer), out_shardings=shardings)
-    return init(config.seed), shardings
+    return init(jax.device_put(config.seed)), shardings  # an explicit copy: the loop forbids the others
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
