@@ -54,9 +54,7 @@ class Block(nn.Module):
         q = apply_rope(self.query(h).view(B, T, self.H, self.K).transpose(1, 2), *rope)
         k = apply_rope(self.key(h).view(B, T, self.G, self.K).transpose(1, 2), *rope)
         v = self.value(h).view(B, T, self.G, self.K).transpose(1, 2)
-        a = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen_B1TS, is_causal=seen_B1TS is None, enable_gqa=True
-        )
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_B1TS, is_causal=seen_B1TS is None, enable_gqa=True)
         x_BTD = x_BTD + self.output(a.transpose(1, 2).reshape(B, T, self.H * self.K))
         h = self.mlp_norm(x_BTD)
         return x_BTD + self.down(F.silu(self.gate(h)) * self.up(h))

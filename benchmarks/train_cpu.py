@@ -31,7 +31,7 @@ TOLERANCE = 1e-3  # nats, at every step
 WARM_UP = 2  # steps that are not timed: compilation, first touch of memory
 NO_TORCH = """no PyTorch to compare with at {path}. Make it an environment of its own:
     python -m venv .venv-torch
-    .venv-torch/bin/pip install numpy torch --index-url https://download.pytorch.org/whl/cpu"""
+    .venv-torch/bin/pip install numpy torch"""
 
 
 @contextmanager
@@ -102,9 +102,7 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """Ours over PyTorch's. Speeds: above 1 is faster; memory: above 1 is more."""
     return {
         "tokens_per_second": round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3),
-        "tokens_per_second_median": round(
-            ours["tokens_per_second_median"] / theirs["tokens_per_second_median"], 3
-        ),
+        "tokens_per_second_median": round(ours["tokens_per_second_median"] / theirs["tokens_per_second_median"], 3),
         "per_processor_second": round(theirs["processor_seconds_min"] / ours["processor_seconds_min"], 3),
         "peak_memory": round(ours["peak_memory_mib"] / theirs["peak_memory_mib"], 3),
     }

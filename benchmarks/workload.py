@@ -79,9 +79,7 @@ def make_weights(work: Workload) -> dict[str, np.ndarray]:
     if not m.tie_embeddings:
         shapes["head"] = (D, V)
     half_width = np.float32(m.init_std * 3**0.5)  # of the uniform distribution with this deviation
-    weights = {
-        name: (2 * rng.random(shape, dtype=np.float32) - 1) * half_width for name, shape in shapes.items()
-    }
+    weights = {name: (2 * rng.random(shape, dtype=np.float32) - 1) * half_width for name, shape in shapes.items()}
     for name, shape in {"layers/attention_norm": (L, D), "layers/mlp_norm": (L, D), "final_norm": (D,)}.items():
         weights[name] = np.ones(shape, np.float32)
     return weights

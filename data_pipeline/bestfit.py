@@ -4,8 +4,9 @@ Pure: lengths in, a plan out. Knows no tokens and no files.
 
 A document that fits in a record is never cut. Best-fit-decreasing places these so that little room is left
 (Johnson 1974). A longer document must be cut anyway, so it is laid over consecutive records: its head closes
-the record at hand exactly, its tail opens a later one. Long documents so form one chain without gaps, and the
-emptiest best-fit records are taken into the chain, between a tail and the next head. Where rows are made of
+the record at hand exactly, its tail opens a later one. Long documents so form one chain without gaps, in an order
+that leaves tails which fit the emptiest best-fit records: those are taken into the chain, between a tail and the
+next head. Where rows are made of
 several records, a document's pieces are adjacent and become one segment again.
 """
 
@@ -23,7 +24,7 @@ class Piece(NamedTuple):
 
 def min_piece(capacity: int) -> int:
     """The shortest piece a long document is cut into, so that no segment has nothing to learn."""
-    return max(2, capacity // 32)
+    return max(2, min(8, capacity // 64))
 
 
 def plan(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
@@ -76,16 +77,23 @@ def _chain(longer: Sequence[int], lengths: Sequence[int], capacity: int, bins: l
            filled: list[int], emptiest: list[int]) -> tuple[list[list[Piece]], set[int]]:
     """(records of the chain, bins taken into it)."""
     shortest = min_piece(capacity)
+    waiting = _Waiting(longer, lengths, capacity)
     records: list[list[Piece]] = []
     absorbed: set[int] = set()
     record: list[Piece] = []
     used = 0
-    for item in longer:
+    while waiting:
         used = _absorb(record, used, capacity, lengths, bins, filled, emptiest, absorbed)
-        head = _head(lengths[item], capacity - used, capacity, shortest)
-        if not head:
+        if capacity - used < shortest:
             records.append(record)
             record, used = [], 0
+        room = capacity - used
+        gap = capacity - filled[emptiest[len(absorbed)]] if len(absorbed) < len(emptiest) else 0
+        item = waiting.take(room, shortest, gap)
+        head = _head(lengths[item], room, capacity, shortest)
+        if not head:
+            records.append(record)
+            record = []
             head = _head(lengths[item], capacity, capacity, shortest)
         record.append(Piece(item, 0, head))
         records.append(record)
@@ -100,6 +108,49 @@ def _chain(longer: Sequence[int], lengths: Sequence[int], capacity: int, bins: l
         _absorb(record, used, capacity, lengths, bins, filled, emptiest, absorbed)
         records.append(record)
     return records, absorbed
+
+
+class _Waiting:
+    """Long items not yet laid, found by the tail they would leave: one bit per length modulo the capacity."""
+
+    def __init__(self, items: Sequence[int], lengths: Sequence[int], capacity: int):
+        self._lengths, self._capacity = lengths, capacity
+        self._order = list(reversed(items))
+        self._taken: set[int] = set()
+        self._by_rest: dict[int, list[int]] = {}
+        self._rests = 0
+        for item in self._order:
+            rest = lengths[item] % capacity
+            self._by_rest.setdefault(rest, []).append(item)
+            self._rests |= 1 << rest
+
+    def __bool__(self) -> bool:
+        while self._order and self._order[-1] in self._taken:
+            self._order.pop()
+        return bool(self._order)
+
+    def take(self, room: int, shortest: int, gap: int) -> int:
+        """The item whose tail, after a head of `room`, best fills `gap`; the next one where none fits it."""
+        capacity = self._capacity
+        tails = (self._rests >> room | self._rests << (capacity - room)) & ((1 << (gap + 1)) - 1)
+        tails = tails >> shortest << shortest
+        if tails:
+            item = self._remove((tails.bit_length() - 1 + room) % capacity)
+            self._taken.add(item)
+            return item
+        return self._next()
+
+    def _next(self) -> int:
+        assert self  # leaves an item that is not taken at the end of the order
+        item = self._order.pop()
+        self._remove(self._lengths[item] % self._capacity)
+        return item
+
+    def _remove(self, rest: int) -> int:
+        item = self._by_rest[rest].pop()  # the first in order: lists are as reversed as the order is
+        if not self._by_rest[rest]:
+            self._rests &= ~(1 << rest)
+        return item
 
 
 def _absorb(record: list[Piece], used: int, capacity: int, lengths: Sequence[int], bins: list[list[int]],

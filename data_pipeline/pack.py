@@ -44,7 +44,7 @@ from nanollama.data.files import DataError, Lock, sha256_json, write_atomic, wri
 from nanollama.data.packed import DOCUMENTS_FILE, MANIFEST_FILE, SCHEMA_VERSION, dataset_id
 from nanollama.data.tokenizer import Tokenizer
 
-STAGE_VERSION = 1  # raise it when the same inputs would give other bytes
+STAGE_VERSION = 2  # raise it when the same inputs would give other bytes
 CARD_FILE = "DATA_CARD.md"
 LONGEST_RECORD = 65_536
 

@@ -110,3 +110,7 @@ def test_padding_is_a_tenth_of_a_per_cent_on_lengths_like_real_ones() -> None:
     for mean, capacity in [(5, 512), (6, 512), (6, 2048), (7, 4096)]:
         lengths = [max(3, int(rng.lognormvariate(mean, 1.2))) for _ in range(10_000)]
         assert check_plan(plan, lengths, capacity) / sum(lengths) < 0.001
+    # every second record of middling documents, which fit no second one: long documents fill them up
+    lengths = [rng.randrange(300, 505) for _ in range(3000)] + [rng.randrange(600, 9000) for _ in range(7000)]
+    rng.shuffle(lengths)
+    assert check_plan(plan, lengths, 512) / sum(lengths) < 0.001

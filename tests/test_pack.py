@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,19 @@ def test_the_records_hold_the_corpus_exactly(room: Path, packed: Path) -> None:
     assert [row["doc_id"] for row in rows] == [row["id"] for row in documents(room / "corpus")]
     assert json.loads(rows[-1]["meta"]) == {"year": 2020}
     assert "none is lost, none is\nrepeated" in (packed / "DATA_CARD.md").read_text()
+
+
+def test_windows_go_through_all_parts_of_the_corpus() -> None:
+    first = np.array([0, 1000, 1010, 1010, 3010])  # shards of 1000, 10, 0 and 2000 documents
+    order = pack_records.interleaved(first)
+    assert sorted(order.tolist()) == list(range(3010))
+    for start, stop in pairwise(first):
+        part = order[(order >= start) & (order < stop)]
+        assert part.tolist() == list(range(start, stop))  # read in order
+    assert 320 < (order[:1000] < 1000).sum() < 345 and 2 <= ((order[:1000] >= 1000) & (order[:1000] < 1010)).sum() <= 4
+    many = np.arange(0, 10_001, 10)  # more shards than lanes
+    assert sorted(pack_records.interleaved(many).tolist()) == list(range(10_000))
+    assert list(pack_records.windows(np.full(25_000, 300), 128)) == [(0, 10_000), (10_000, 20_000), (20_000, 25_000)]
 
 
 def check_splits(found: dict[str, list[tuple[str, str, str]]]) -> None:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from nanollama.config import load, parse_arg
 
 MIXTURE = "configs/mixtures/quickstart.yaml"
-PROMPTS = ("def ", "import os\n", "class Point:\n", "The purpose of this module is", "Return the")
+PROMPTS = "configs/prompts/quickstart.json"
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -67,9 +67,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "name": "sample",
             "about": "let the model write",
             "command": ["{python}", "-m", "nanollama.generate", "--checkpoint={workdir}/train"]
-            + [f"--prompt={prompt}" for prompt in PROMPTS]
-            + ["--output={workdir}/samples"],
-            "inputs": [last_checkpoint],
+            + [f"--prompts={PROMPTS}", "--output={workdir}/samples"],
+            "inputs": [last_checkpoint, PROMPTS],
             "outputs": ["{workdir}/samples"],
         },
         {

@@ -27,8 +27,9 @@ REFUSED_JAXLIB = {
 INSTALL_FIX = "pip install --upgrade 'jax>=0.10.1,!=0.10.2,!=0.11.0'"
 
 # Speed flags, with the jaxlib versions [first, end) known to accept them: XLA aborts the process on a flag it
-# does not know, so an untried version gets none. oneDNN matmuls: up to +6 % fp32, +20 % bf16 tokens/s on CPU.
-CPU_FLAGS = {"--xla_cpu_experimental_onednn_custom_call=true": ((0, 10, 1), (0, 13))}
+# does not know, so an untried version gets none. oneDNN matmuls end before 0.11: jaxlib 0.12.0.1 computes wrong
+# gradients with them (`transposed_addition` below, docs/decisions.md).
+CPU_FLAGS = {"--xla_cpu_experimental_onednn_custom_call=true": ((0, 10, 1), (0, 11))}
 
 
 class BackendError(RuntimeError):
@@ -61,6 +62,7 @@ def start(*, elastic: bool = False, devices: int | None = None) -> None:
             jax.config.update("jax_num_cpu_devices", devices)
         _use_compilation_cache()
     check_arithmetic()
+    check_fusion()
 
 
 def refuse_version(version: str) -> None:
@@ -101,6 +103,29 @@ def check_arithmetic(program: Callable[[np.ndarray], np.ndarray] = sums_of_squar
             f"jaxlib {JAXLIB_VERSION} on {jax.default_backend()} computes wrong sums: {wrong} "
             f"of {len(rows)} differ, the last is {got[-1]:.0f} instead of {expected[-1]:.0f}. "
             f"A model trained on it would be worthless. Install another: {INSTALL_FIX}"
+        )
+
+
+def transposed_addition(p_BGTS: np.ndarray, q_BGTK: np.ndarray, a_BGSK: np.ndarray) -> np.ndarray:
+    """jit((p^T q + a) transposed to [B, S, G, K]): a piece of attention's backward pass.
+
+    jaxlib 0.12.0.1 with --xla_cpu_experimental_onednn_custom_call=true adds `a` without transposing it.
+    """
+    function = jax.jit(lambda p, q, a: jnp.swapaxes(jnp.matmul(jnp.swapaxes(p, 2, 3), q) + a, 1, 2))
+    return np.asarray(function(*jax.device_put((p_BGTS, q_BGTK, a_BGSK))))
+
+
+@functools.cache
+def check_fusion(program: Callable[..., np.ndarray] = transposed_addition) -> None:
+    """Second canary: a matmul fused with what follows it, against NumPy; BackendError when it is far off."""
+    shapes = ((2, 4, 64, 128), (2, 4, 64, 32), (2, 4, 128, 32))
+    p, q, a = (np.cos(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape) for shape in shapes)
+    error = float(np.max(np.abs(program(p, q, a) - (np.swapaxes(p, 2, 3) @ q + a).swapaxes(1, 2))))
+    if not error < 0.5:  # it is 1.99 where `a` is misplaced, and below 0.1 with bfloat16 matmuls
+        raise BackendError(
+            f"jaxlib {JAXLIB_VERSION} on {jax.default_backend()} with XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r} "
+            f"computes a wrong sum: off by {error:.2g}. A model trained on it would be worthless. Remove the flags, or "
+            f"install another: {INSTALL_FIX}"
         )
 
 
