@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanollama.data.strict import FieldError, nearest
@@ -176,26 +176,17 @@ class Interrupt:
         self.requested = True
 
 
-def lines(chat: Chat, is_terminal: bool) -> Iterator[str]:
-    """What the person types, until Ctrl-D or the end of the pipe; a trailing backslash joins the next line."""
+def read_entry(chat: Chat, is_terminal: bool) -> str | None:
+    """What the person types next, None at the end; a line ending in a backslash goes on in the next."""
     parts: list[str] = []
     while True:
-        mark = "" if not is_terminal else ". " if parts else "+ " if chat.text else "> "
         try:
-            line = input(mark)
+            line = input("" if not is_terminal else ". " if parts else "+ " if chat.text else "> ")
         except EOFError:
-            if parts:
-                yield "\n".join(parts)
-            return
-        except KeyboardInterrupt:
-            parts = []
-            print("\n(Ctrl-D or /quit leaves)")
-            continue
-        if line.endswith("\\"):
-            parts.append(line[:-1])
-            continue
-        yield "\n".join([*parts, line])
-        parts = []
+            return "\n".join(parts) if parts else None
+        parts.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            return "\n".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -225,18 +216,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chat = Chat(
         engine, model.tokenizer, sampling, options.max_new_tokens, write, lambda: interrupt.requested
     )
-    for line in lines(chat, is_terminal):
+    going = True
+    while going:
         try:
+            entry = read_entry(chat, is_terminal)
+            if entry is None:
+                break
             with interrupt:
-                if not chat.handle(line):
-                    break
+                going = chat.handle(entry)
         except KeyboardInterrupt:
-            print("\n(stopped at once; the text is as it was shown)")
+            print("\n(Ctrl-D or /quit leaves)")
         except GenerationError as error:
             print(f"error: {error}", file=sys.stderr)
-    else:
-        if is_terminal:
-            print()
     return 0
 
 

@@ -16,8 +16,6 @@ from nanollama.models.decoder import Decoder, head, init_cache, init_params
 from nanollama.models.families import PRESETS, preset
 from nanollama.ops.losses import cross_entropy_reference
 
-pytestmark = pytest.mark.core
-
 
 def real_parameters(model: ModelConfig) -> int:
     decoder = Decoder(model, ComputeConfig())

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from nanollama import chat as chat_program
 from nanollama import generate as generate_program
 from nanollama.chat import Chat
 from nanollama.config import CheckpointConfig, ComputeConfig, as_dict, resolve
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
+from nanollama.data.tokenizer import Tokenizer
 from nanollama.generation import command_line
 from nanollama.generation.engine import Engine
 from nanollama.generation.loading import load_model
@@ -35,17 +36,14 @@ ROOT = Path(__file__).parents[1]
 CONTEXT = 64
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_run(folder: Path, context: int) -> Path:
     """A run folder with a checkpoint of random parameters; no training."""
-    folder = tmp_path_factory.mktemp("chat") / "run"
-    tokenizer = make_tokenizer(folder.parent / "tokenizer", 400)
-    copy_tokenizer(folder.parent / "tokenizer", folder / "tokenizer")
+    tokenizer = make_tokenizer(folder / "tokenizer", 400)
     config = resolve({
         "name": "tiny", "steps": 10, "batch": {"global_rows": 8},
         "model": {"vocab_size": 448, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4,
                   "num_kv_heads": 2, "head_dim": 8},
-        "data": {"sets": [{"path": "absent"}], "tokenizer": "absent", "sequence_length": CONTEXT},
+        "data": {"sets": [{"path": "absent"}], "tokenizer": "absent", "sequence_length": context},
     })  # fmt: skip
     generator = np.random.default_rng(0)
     shapes = nn.unbox(jax.eval_shape(lambda: init_params(Decoder(config.model, ComputeConfig()), 0)))
@@ -54,6 +52,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.save(10, {"params": params}, {"config": as_dict(config), "tokenizer": tokenizer.sha256})
     checkpoints.close()
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("chat") / "run", CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -317,43 +320,61 @@ def test_piped_input_is_read_to_its_end(
     assert printed.out.startswith("/temperature 0  /top-k 0  /top-p 0.95  /seed 0  /max 4\n")
 
 
-def test_a_terminal_with_ctrl_c_and_ctrl_d(run: Path) -> None:
-    """The real program on a pseudo terminal: Ctrl-C at the prompt and while it writes, then Ctrl-D."""
-    outside, inside = pty.openpty()
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
-    command = [sys.executable, "-m", "nanollama.chat", f"--checkpoint={run}", "--max-new-tokens=1000000"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
-    )
-    os.close(inside)
-    seen = ""
+class Terminal:
+    """`python -m nanollama.chat` on a pseudo terminal."""
 
-    def wait_for(text: str) -> None:
-        nonlocal seen
+    def __init__(self, *arguments: str):
+        self._outside, inside = pty.openpty()
+        environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+        environment["TERM"] = "dumb"  # no escape codes around what is typed
+        command = [sys.executable, "-m", "nanollama.chat", *arguments]
+        streams = {"stdin": inside, "stdout": inside, "stderr": inside}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)  # type: ignore[call-overload]
+        os.close(inside)
+        self._seen = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._outside, keys.encode())
+
+    def wait_for(self, text: str) -> str:
+        """What was shown before `text`, which is passed."""
         end = time.monotonic() + 120
-        while text not in seen:
-            assert time.monotonic() < end, seen
-            try:
-                seen += os.read(outside, 4096).decode(errors="replace")
-            except OSError:  # the program has left
-                break
-        assert text in seen, seen
-        seen = seen.partition(text)[2]
+        while text not in self._seen:
+            ready, _, _ = select.select([self._outside], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"waiting for {text!r}, shown: {self._seen!r}"
+            self._seen += os.read(self._outside, 4096).decode(errors="replace")
+        before, _, self._seen = self._seen.partition(text)
+        return before
 
+    def wait_for_more(self, characters: int) -> None:
+        """Until that many characters more are shown."""
+        while len(self._seen) < characters:
+            assert select.select([self._outside], [], [], 120)[0], f"shown: {self._seen!r}"
+            self._seen += os.read(self._outside, 4096).decode(errors="replace")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._outside)
+
+
+def test_a_terminal_with_ctrl_c_and_ctrl_d(tmp_path: Path) -> None:
+    """Ctrl-C at the prompt, and while a long text is written; then Ctrl-D."""
+    run = make_run(tmp_path / "run", 4096)
+    terminal = Terminal(f"--checkpoint={run}", "--max-new-tokens=1000000", "--temperature=0")
     try:
-        wait_for("step 10: a base model")
-        wait_for("> ")
-        process.send_signal(signal.SIGINT)
-        wait_for("(Ctrl-D or /quit leaves)")
-        os.write(outside, b"the loader\n")
-        wait_for("the loader\r\n")
-        process.send_signal(signal.SIGINT)  # while it compiles or writes
-        wait_for("[stopped]")
-        os.write(outside, b"/settings\n")
-        wait_for("/max 1000000")
-        os.write(outside, b"\x04")
-        assert process.wait(timeout=60) == 0
+        terminal.wait_for("step 10: a base model")
+        terminal.wait_for("> ")
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for("(Ctrl-D or /quit leaves)")
+        terminal.type("the loader\n")
+        terminal.wait_for("the loader\r\n")
+        terminal.wait_for_more(40)  # the model is at it
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for("[stopped]")
+        terminal.type("/settings\n")
+        terminal.wait_for("/max 1000000")
+        terminal.type("\x04")
+        assert terminal.process.wait(timeout=60) == 0
     finally:
-        process.kill()
-        process.wait()
-        os.close(outside)
+        terminal.close()

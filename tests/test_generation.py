@@ -20,8 +20,6 @@ from nanollama.ops.losses import token_log_probs
 from nanollama.parallel.mesh import make_mesh, sharding
 from nanollama.training.state import logical_axes
 
-pytestmark = pytest.mark.core
-
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8
 )

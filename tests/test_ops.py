@@ -14,8 +14,6 @@ from nanollama.ops.mlp import swiglu
 from nanollama.ops.norms import rms_norm
 from nanollama.ops.rope import apply_rope, rope_tables
 
-pytestmark = pytest.mark.core
-
 BACKENDS = ["xla_chunked", "reference"]
 
 
