@@ -38,10 +38,10 @@ quickstart: $(VENV)/.installed
 	@$(INSIDE) $(RUN) nanollama.run --pipeline=configs/pipelines/quickstart.py --workdir="$(WORKDIR)"
 
 test: $(VENV)/.installed-test
-	@$(INSIDE) $(RUN) pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	@$(INSIDE) $(RUN) pytest -n 2 $(PYTEST_ARGS)
 
 test-core: $(VENV)/.installed-test
-	@$(INSIDE) $(RUN) pytest -n 2 --dist loadgroup -m core $(PYTEST_ARGS)
+	@$(INSIDE) $(RUN) pytest -n 2 -m core $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-lint
 	@$(RUN) ruff check .
