@@ -1,25 +1,22 @@
 """Our side of `train_cpu.py`: the training step as `nanollama.train` runs it, on a workload's batches.
 
 Owns the measuring of our step in a process of its own; knows nothing of PyTorch. Prints one JSON line.
-    python -m benchmarks.jax_side WORKLOAD.npz [--steps N]
+    python -m benchmarks.jax_side WORKLOAD.npz
 """
 
+import argparse
+import json
+import platform
+import resource
 import time
+from pathlib import Path
+from typing import Any
 
-_STARTED = time.time()  # before the imports below: they are part of the start-up time
+import jax
+import numpy as np
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import platform  # noqa: E402
-import resource  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-
-from benchmarks import workload  # noqa: E402
-from nanollama.config import (  # noqa: E402
+from benchmarks import workload
+from nanollama.config import (
     BatchConfig,
     ComputeConfig,
     Config,
@@ -30,12 +27,12 @@ from nanollama.config import (  # noqa: E402
     PackedSetConfig,
     ScheduleConfig,
 )
-from nanollama.models.decoder import Decoder  # noqa: E402
-from nanollama.parallel import backend  # noqa: E402
-from nanollama.parallel.mesh import make_mesh  # noqa: E402
-from nanollama.training.optim import make_optimizer  # noqa: E402
-from nanollama.training.state import TrainState, state_shardings  # noqa: E402
-from nanollama.training.step import make_train_step, put_batch  # noqa: E402
+from nanollama.models.decoder import Decoder
+from nanollama.parallel import backend
+from nanollama.parallel.mesh import make_mesh
+from nanollama.training.optim import make_optimizer
+from nanollama.training.state import TrainState, state_shardings
+from nanollama.training.step import make_train_step, put_batch
 
 
 def config_of(work: workload.Workload, compute: ComputeConfig) -> Config:
@@ -93,24 +90,18 @@ def nest(flat: dict[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def losses(work: workload.Workload, compute: ComputeConfig = DEFAULT) -> list[float]:
-    """The loss at every step of the workload."""
-    training, batches = Training(work, compute), workload.make_batches(work)
-    return [training.train({name: array[step] for name, array in batches.items()}) for step in range(work.steps)]
-
-
-def run(work: workload.Workload, steps: int = 0, compute: ComputeConfig = DEFAULT) -> dict[str, Any]:
-    """Train on the first `steps` batches (0 = all); losses, and wall and processor time of each step."""
+def run(work: workload.Workload, started: float, compute: ComputeConfig = DEFAULT) -> dict[str, Any]:
+    """Losses, and wall and processor time of each step; `started` is when this process was, as `time.time()`."""
     backend.start()
     training, batches = Training(work, compute), workload.make_batches(work)
     values, wall, processor, first_step = [], [], [], 0.0
-    for step in range(steps or work.steps):
+    for step in range(work.steps):
         arrays = {name: array[step] for name, array in batches.items()}
         wall_start, processor_start = time.perf_counter(), time.process_time()
         values.append(training.train(arrays))
         wall.append(time.perf_counter() - wall_start)
         processor.append(time.process_time() - processor_start)
-        first_step = first_step or time.time() - _STARTED
+        first_step = first_step or time.time() - started
     return {
         "losses": values,
         "wall_seconds": wall,
@@ -123,10 +114,10 @@ def run(work: workload.Workload, steps: int = 0, compute: ComputeConfig = DEFAUL
 
 
 if __name__ == "__main__":
+    backend.use_huge_pages()  # as `nanollama.train` does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", type=Path)
-    parser.add_argument("--steps", type=int, default=0, help="0 = all batches")
+    parser.add_argument("--started", type=float, default=time.time(), help="when the caller started it, epoch seconds")
     parser.add_argument("--compute", default="{}", help="JSON: fields of ComputeConfig that differ from its default")
-    arguments = parser.parse_args()
-    compute = ComputeConfig(**json.loads(arguments.compute))
-    print(json.dumps(run(workload.load(arguments.workload), arguments.steps, compute)))
+    given = parser.parse_args()
+    print(json.dumps(run(workload.load(given.workload), given.started, ComputeConfig(**json.loads(given.compute)))))

@@ -2,7 +2,7 @@
 
 Owns the other side of `train_cpu.py`; runs in an environment of its own, imports torch and numpy only, reads
 weights and batches from the .npz that `workload.py` writes, and prints one JSON line.
-    python benchmarks/torch_twin.py WORKLOAD.npz [--steps N]
+    python benchmarks/torch_twin.py WORKLOAD.npz
 """
 
 import argparse
@@ -127,8 +127,8 @@ def make_optimizer(model: Decoder, work: dict[str, Any]) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=work["learning_rate"], betas=betas, eps=work["eps"], fused=True)
 
 
-def run(path: str, steps: int) -> dict[str, Any]:
-    """Train on the first `steps` batches; losses, and wall and processor time of each step."""
+def run(path: str) -> dict[str, Any]:
+    """Losses, and wall and processor time of each step."""
     file = np.load(path)
     work = json.loads(str(file["workload"]))
     model = Decoder(work["model"])
@@ -139,7 +139,7 @@ def run(path: str, steps: int) -> dict[str, Any]:
     for name in ("tokens", "targets"):
         batches[name] = batches[name].long()
     losses, wall, processor = [], [], []
-    for step in range(steps or work["steps"]):
+    for step in range(work["steps"]):
         batch = {name: array[step] for name, array in batches.items()}
         wall_start, processor_start = time.perf_counter(), time.process_time()
         loss = loss_of(model, batch, work)
@@ -163,6 +163,5 @@ def run(path: str, steps: int) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workload")
-    parser.add_argument("--steps", type=int, default=0, help="0 = all batches")
     arguments = parser.parse_args()
-    print(json.dumps(run(arguments.workload, arguments.steps)))
+    print(json.dumps(run(arguments.workload)))

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +44,11 @@ def saved(work: workload.Workload) -> Iterator[Path]:
         yield path
 
 
-def run_side(command: list[str], path: Path, cache: str = "") -> dict[str, Any]:
+def run_side(command: list[str], path: Path, **environment: str) -> dict[str, Any]:
     """One side in a fresh process; its JSON line. Errors: RuntimeError with the end of its stderr."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
-    done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    started = ["--started", str(time.time())] if "benchmarks.jax_side" in command else []
+    surroundings = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run([*command, str(path), *started], cwd=ROOT, env=surroundings, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -85,7 +87,7 @@ def measure(name: str, commands: dict[str, list[str]], rounds: int, packed: bool
         for number in range(rounds):
             for side in sorted(commands, reverse=bool(number % 2)):
                 print(f"  {name}, round {number + 1} of {rounds}: {side}", file=sys.stderr, flush=True)
-                runs[side].append(run_side(commands[side], path, cache))
+                runs[side].append(run_side(commands[side], path, JAX_COMPILATION_CACHE_DIR=cache))
     result: dict[str, Any] = {side: summary(runs[side], work.rows * work.length) for side in commands}
     started = [run["first_step_after_seconds"] for run in runs["jax"]]
     result["jax"]["start_to_first_step_seconds"] = {
@@ -162,7 +164,8 @@ def agreement(commands: dict[str, list[str]]) -> bool:
     for packed in (False, True):
         work = workload.for_agreement(packed=packed)
         with saved(work) as path:
-            theirs, ours = (run_side(commands[side], path) for side in ("torch", "jax"))
+            # one OpenMP thread: PyTorch's threads spin at each of these small products when others want the cores
+            theirs, ours = (run_side(commands[side], path, OMP_NUM_THREADS="1") for side in ("torch", "jax"))
         gaps = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
         worst = max(range(len(gaps)), key=gaps.__getitem__)
         print(

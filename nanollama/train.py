@@ -187,4 +187,5 @@ def config_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    backend.use_huge_pages()
     sys.exit(main())

@@ -152,3 +152,16 @@ def test_elastic_needs_its_pool(monkeypatch):
         backend.start(elastic=True)
     with pytest.raises(BackendError, match="16 devices with elastic"):
         backend.start(elastic=True, devices=16)
+
+
+def test_huge_pages_start_the_program_anew_once():
+    program = "import os, sys; from nanollama.parallel import backend; backend.use_huge_pages(); " + (
+        "print(os.environ['GLIBC_TUNABLES'], os.getpid(), sys.orig_argv[1:2])"
+    )
+    child = python(program, GLIBC_TUNABLES="glibc.malloc.check=0")
+    assert child.stdout.startswith("glibc.malloc.check=0"), "the user's own setting stands"
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True) as child:
+        printed = child.stdout.read().split()
+    if sys.platform == "linux":
+        assert printed == ["glibc.malloc.hugetlb=1", str(child.pid), "['-c']"], "same process, same arguments"
