@@ -35,7 +35,7 @@ def main(directory: str, determinism: str, devices: int, until: int, die_at: int
     from nanollama.training.state import abstract_state
 
     config = config_for(determinism)
-    mesh = MeshConfig() if determinism == "elastic" else MeshConfig(data=2, fsdp=2, tensor=devices // 4)
+    mesh = MeshConfig() if determinism == "elastic" else MeshConfig(data=2, fsdp=2, tensor=1)
     training = Training(config, mesh)
     checkpoints = Checkpoints(directory, config.checkpoint)
     start = checkpoints.latest() or 0

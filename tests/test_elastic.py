@@ -22,6 +22,7 @@ from nanollama.training.integrity import state_hashes, tree_hash
 
 SCRIPT = Path(__file__).with_name("run_training.py")
 CONFIG = config_for("elastic")
+PLAIN = tiny_config(ROWS, schedule=CONFIG.schedule)
 
 
 def train(devices: list[int], steps: int, config=CONFIG) -> Training:
@@ -48,8 +49,7 @@ def test_same_bits_on_any_number_of_devices(unbroken, devices):
 
 def test_data_parallel_alone_does_not_do_it():
     """The mutant: one sharded program, whose all-reduce sums in an order that depends on the devices."""
-    plain = tiny_config(ROWS)
-    assert tree_hash(train([1], 4, plain).state) != tree_hash(train([8], 4, plain).state)
+    assert tree_hash(train([1], 4, PLAIN).state) != tree_hash(train([8], 4, PLAIN).state)
 
 
 def test_kills_with_device_changes_between(tmp_path):
@@ -70,8 +70,8 @@ def test_kills_with_device_changes_between(tmp_path):
 
 def test_equals_the_plain_step_but_for_rounding():
     batch = random_batch(0, ROWS)
-    metrics = jax.device_get(Training(CONFIG, MeshConfig(4)).train(batch))
-    expected = jax.device_get(Training(tiny_config(ROWS, schedule=CONFIG.schedule)).train(batch))
+    metrics = jax.device_get(Training(CONFIG, MeshConfig(8)).train(batch))
+    expected = jax.device_get(Training(PLAIN).train(batch))
     assert metrics.keys() == expected.keys() and metrics["weight"] == expected["weight"]
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
