@@ -18,7 +18,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "quickstart"
     config.seed = 0
-    config.steps = 8 if tiny else 400
+    config.steps = 8 if tiny else 500
 
     config.model = ConfigDict(preset("llama-micro"))  # 3.1M parameters, vocabulary of 8192
     if tiny:
@@ -30,7 +30,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.tokenizer = f"{workdir}/tokenizer"
     config.data.sequence_length = 128 if tiny else 512
 
-    config.batch = ConfigDict({"global_rows": 4 if tiny else 8})
+    config.batch = ConfigDict({"global_rows": 4 if tiny else 16})
 
     config.optimizer = ConfigDict({"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.1})
     config.schedule = ConfigDict({"name": "wsd"})  # warm up, stay, then decay over the last fifth
@@ -39,6 +39,6 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every": 4 if tiny else 50, "keep": 2})
     config.evaluation = ConfigDict({"every": 4 if tiny else 100, "batches": 4})
-    config.logging = ConfigDict({"every": 1 if tiny else 10, "sample_every": 4 if tiny else 200})
+    config.logging = ConfigDict({"every": 1 if tiny else 10, "sample_every": 4 if tiny else 250})
     config.logging.sample_prompts = ("def ", "import os\n", "The purpose of this module")
     return config

@@ -114,7 +114,7 @@ def table(results: dict[str, Any]) -> str:
     for name, part in [*parts.items(), ("all", results)]:
         low, high = part["bits_per_byte_interval_95"] or (math.nan, math.nan)
         lines.append(f"{name[:28]:<28} {part['documents']:>9,} {part['tokens']:>10,} {part['nll_per_token']:>10.4f} "
-                     f"{part['perplexity_token']:>11.5g} {part['perplexity_word'] or math.nan:>12.5g} "
+                     f"{part['perplexity_token']:>11,.2f} {part['perplexity_word'] or math.nan:>12,.1f} "
                      f"{part['bits_per_byte'] or math.nan:>10.4f}  {low:.4f} to {high:.4f}")
     return "\n".join(lines)
 
