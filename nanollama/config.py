@@ -13,27 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nanollama.data.strict import FieldError, from_mapping, nearest, to_mapping
-
-ConfigError = FieldError
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Architecture: everything that decides the parameters' shapes and the function they compute."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    family: str = "llama"
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    init_std: float = 0.02
+from nanollama.data.strict import from_mapping, nearest, to_mapping
+from nanollama.model_config import ConfigError as ConfigError
+from nanollama.model_config import ModelConfig as ModelConfig
+from nanollama.model_config import RopeScaling as RopeScaling
+from nanollama.model_config import check_model as check_model
+from nanollama.model_config import check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +185,9 @@ def load_file(spec: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """ConfigDicts, dicts and sequences as plain dicts and lists."""
+    """ConfigDicts, dataclasses, dicts and sequences as plain dicts and lists."""
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -257,35 +244,12 @@ def check(config: Config) -> None:
         "config.checkpoint.keep": config.checkpoint.keep,
         "config.logging.every": config.logging.every,
         "config.compute.loss_chunk_tokens": config.compute.loss_chunk_tokens,
-        **{
-            f"config.model.{name}": getattr(model, name)
-            for name in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_layers",
-                "num_heads",
-                "num_kv_heads",
-                "head_dim",
-            )
-        },
         **{f"config.data.sets[{i}].weight": s.weight for i, s in enumerate(data.sets)},
     }
-    for field, value in positive.items():
-        if value <= 0:
-            raise ConfigError(field, f"{value} is not positive", "Give a number above 0.")
+    check_positive(positive)
+    check_model(model)
     if not data.sets:
         raise ConfigError("config.data.sets", "is empty", "Name at least one packed set.")
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError(
-            "config.model.num_kv_heads",
-            f"{model.num_kv_heads} does not divide num_heads={model.num_heads}",
-            f"Use a divisor of {model.num_heads}.",
-        )
-    if model.head_dim % 2:
-        raise ConfigError(
-            "config.model.head_dim", f"{model.head_dim} is odd", "RoPE rotates pairs: use an even number."
-        )
     if batch.global_rows % batch.micro_batches:
         raise ConfigError(
             "config.batch.micro_batches",

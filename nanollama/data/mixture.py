@@ -15,7 +15,7 @@ from nanollama.data.files import DataError, sha256_json
 from nanollama.data.interleave import Interleave
 from nanollama.data.packed import MANIFEST_FILE, PackedSet, PackedSplit
 from nanollama.data.strict import FieldError
-from nanollama.data.tokenizer import MODEL_FILE, Tokenizer
+from nanollama.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,14 +125,14 @@ def commands(entry: PackedSetConfig, data: DataConfig, vocab_size: int | None) -
     record_length = math.gcd(data.sequence_length, 4096) if data.sequence_length > 4096 else data.sequence_length
     size = f" --vocab-size={vocab_size}" if vocab_size else ""
     make = [f"python -m data_pipeline.corpus --config={entry.recipe or 'MIXTURE.yaml'} --output={corpus}"]
-    if not (Path(data.tokenizer) / MODEL_FILE).is_file():
+    if not (Path(data.tokenizer) / MANIFEST_FILE).is_file():
         make.append(f"python -m data_pipeline.tokenizer --corpus={corpus} --output={data.tokenizer}{size}")
     return [*make, f"python -m data_pipeline.pack --corpus={corpus} --tokenizer={data.tokenizer} "
             f"--output={packed} --record-length={record_length}"]
 
 
 def _open_tokenizer(data: DataConfig, sha256: str | None, vocab_size: int | None) -> Tokenizer:
-    if not (Path(data.tokenizer) / MODEL_FILE).is_file():
+    if not (Path(data.tokenizer) / MANIFEST_FILE).is_file():
         make = "\n  ".join(["", *commands(data.sets[0], data, vocab_size)])
         raise DataError(f"config.data.tokenizer: no tokenizer in {data.tokenizer!r}. It and the first packed "
                         f"set are made by:{make}")

@@ -17,6 +17,8 @@ import sentencepiece
 from nanollama.data.files import DataError, read_json, sha256_file, write_atomic, write_json
 
 MODEL_FILE, MANIFEST_FILE, CARD_FILE = "tokenizer.model", "manifest.json", "TOKENIZER_CARD.md"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+MODEL_FILES = {"sentencepiece": MODEL_FILE, "tokenizer.json": "tokenizer.json"}  # by the manifest's kind
 _SPECIALS = ("unk_id", "bos_id", "eos_id", "pad_id")
 _SPACE_MARK = "\u2581"  # SentencePiece writes a space as this; in a text itself it would come back as a space
 _MEND = ("Restore the directory from where it was made, or make it again: "
@@ -44,26 +46,43 @@ class Tokenizer:
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
         """The tokenizer in `directory`. Errors: DataError when it is absent, damaged or changed."""
         directory = Path(directory)
-        for name in (MODEL_FILE, MANIFEST_FILE):
-            if not (directory / name).is_file():
-                raise DataError(f"{directory / name}: no such file, so no frozen tokenizer there. {_MEND}")
+        if not (directory / MANIFEST_FILE).is_file():
+            raise DataError(f"{directory / MANIFEST_FILE}: no such file, so no frozen tokenizer there. {_MEND}")
         manifest = read_json(directory / MANIFEST_FILE)
         missing = {"kind", "sha256", "normalized_sha256", "vocab_size", *_SPECIALS} - set(manifest)
         if missing:
             raise DataError(f"{directory / MANIFEST_FILE}: lacks {', '.join(sorted(missing))}. {_MEND}")
-        if manifest["kind"] != "sentencepiece":
-            raise DataError(f"{directory / MANIFEST_FILE}: kind {manifest['kind']!r} is not 'sentencepiece'. "
-                            f"{_MEND}")
-        found = sha256_file(directory / MODEL_FILE)
+        if manifest["kind"] not in MODEL_FILES:
+            raise DataError(f"{directory / MANIFEST_FILE}: kind {manifest['kind']!r}, known: "
+                            f"{', '.join(MODEL_FILES)}. {_MEND}")
+        path = directory / MODEL_FILES[manifest["kind"]]
+        if not path.is_file():
+            raise DataError(f"{path}: no such file, so no frozen tokenizer there. {_MEND}")
+        found = sha256_file(path)
         if found != manifest["sha256"]:
-            raise DataError(f"{directory / MODEL_FILE}: SHA-256 is {found}, but {MANIFEST_FILE} says "
+            raise DataError(f"{path}: SHA-256 is {found}, but {MANIFEST_FILE} says "
                             f"{manifest['sha256']}: the tokenizer was changed after it was frozen. {_MEND}")
-        tokenizer = cls(directory, (directory / MODEL_FILE).read_bytes(), manifest)
+        if manifest["kind"] == "tokenizer.json":
+            from nanollama.data.hub_tokenizer import HubTokenizer  # needs a package that the core does not
+
+            cls = HubTokenizer
+        tokenizer = cls(directory, path.read_bytes(), manifest)
         for name in ("vocab_size", *_SPECIALS):
             if getattr(tokenizer, name) != manifest[name]:
                 raise DataError(f"{directory / MANIFEST_FILE}: {name} is {manifest[name]}, the model has "
                                 f"{getattr(tokenizer, name)}. {_MEND}")
         return tokenizer
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: eos, and what else the model was published to stop at."""
+        return [self.eos_id, *(token for token in self.manifest.get("stop_ids", []) if token != self.eos_id)]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that the tokenizer was published with, if any (`data.chat_template`)."""
+        path = self.directory / CHAT_TEMPLATE_FILE
+        return path.read_text(encoding="utf-8") if path.is_file() else None
 
     def require(self, sha256: str, what: str, mend: str) -> None:
         """Stop unless `what` (a packed set, a checkpoint) was made with this tokenizer.
@@ -73,6 +92,10 @@ class Tokenizer:
         if sha256 != self.sha256:
             raise DataError(f"{what} was made with tokenizer {sha256}, but the tokenizer in {self.directory} "
                             f"is {self.sha256}: the same ids mean other text. {mend}")
+
+    def encode_markup(self, text: str) -> list[int]:
+        """As `encode`, but special tokens written out in `text` are what they say: for filled chat templates."""
+        return self.encode(text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special tokens; `decode` gives the text back exactly."""
@@ -134,7 +157,9 @@ def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str
         copy = Tokenizer.load(target)
         original.require(copy.sha256, f"{target}", f"Use another run folder, or delete {target}.")
         return copy
-    for name in (MODEL_FILE, CARD_FILE, MANIFEST_FILE):  # the manifest last: without it there is no tokenizer
+    model = MODEL_FILES[original.manifest["kind"]]
+    # the manifest last: without it there is no tokenizer
+    for name in (model, CHAT_TEMPLATE_FILE, CARD_FILE, MANIFEST_FILE):
         if (original.directory / name).exists():
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original.directory / name, target / f".{name}.tmp")

@@ -10,6 +10,7 @@ from typing import Any
 import nanollama
 from nanollama.config import Config
 from nanollama.data.files import read_json, sha256_file
+from nanollama.data.tokenizer import MODEL_FILE, MODEL_FILES
 from nanollama.experiments.environment import public_path
 
 
@@ -35,7 +36,8 @@ def code() -> dict[str, Any]:
 
 def tokenizer(directory: Path) -> dict[str, Any]:
     """Identity of the frozen tokenizer in `directory`."""
-    model, manifest = directory / "tokenizer.model", _manifest(directory)
+    files = [directory / name for name in MODEL_FILES.values() if (directory / name).is_file()]
+    model, manifest = files[0] if files else directory / MODEL_FILE, _manifest(directory)
     return {"path": public_path(directory), "sha256": sha256_file(model) if model.is_file() else None,
             "vocab_size": manifest.get("vocab_size"), "algorithm": manifest.get("algorithm")}
 

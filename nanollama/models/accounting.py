@@ -37,6 +37,10 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     """Exact parameter count of `Decoder(model)`."""
     D, F, K = model.hidden_size, model.intermediate_size, model.head_dim
     attention = D * K * (2 * model.num_heads + 2 * model.num_kv_heads)
+    if model.qkv_bias:
+        attention += K * (model.num_heads + 2 * model.num_kv_heads)
+    if model.qk_norm:
+        attention += 2 * K
     layers = model.num_layers * (attention + 3 * D * F + 2 * D)
     embedding = model.vocab_size * D
     head = 0 if model.tie_embeddings else embedding

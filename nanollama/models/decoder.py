@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import ComputeConfig, ModelConfig
-from nanollama.ops.attention import MaskSpec, attend
+from nanollama.ops.attention import MaskSpec, attend, slide
 from nanollama.ops.mlp import swiglu
 from nanollama.ops.norms import rms_norm
 from nanollama.ops.rope import apply_rope, rope_tables
@@ -38,7 +38,7 @@ class Context(NamedTuple):
 
     cos_BTC: jax.Array
     sin_BTC: jax.Array
-    mask: MaskSpec
+    mask: MaskSpec  # of a layer that sees all of its document
 
 
 def _normal(std: float) -> nn.initializers.Initializer:
@@ -56,7 +56,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache_BSGK: tuple[jax.Array, jax.Array] | None, context: Context
+        self,
+        x_BTD: jax.Array,
+        cache_BSGK: tuple[jax.Array, jax.Array] | None,
+        window: jax.Array | None,
+        context: Context,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         m, dtype = self.model, x_BTD.dtype
         D, H, G, K, F = m.hidden_size, m.num_heads, m.num_kv_heads, m.head_dim, m.intermediate_size
@@ -75,15 +79,22 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             x_ND = x_BTD.reshape(B * T, D)
             h_ND = rms_norm(x_ND, attention_norm, m.norm_eps)
-            q_BTHK = constrain(
-                (h_ND @ query.reshape(D, H * K)).reshape(B, T, H, K), "batch", None, "heads", None
-            )
-            k_BTGK = constrain(
-                (h_ND @ key.reshape(D, G * K)).reshape(B, T, G, K), "batch", None, "kv_heads", None
-            )
-            v_BTGK = constrain(
-                (h_ND @ value.reshape(D, G * K)).reshape(B, T, G, K), "batch", None, "kv_heads", None
-            )
+            q_BTHK = (h_ND @ query.reshape(D, H * K)).reshape(B, T, H, K)
+            k_BTGK = (h_ND @ key.reshape(D, G * K)).reshape(B, T, G, K)
+            v_BTGK = (h_ND @ value.reshape(D, G * K)).reshape(B, T, G, K)
+            if m.qkv_bias:
+                zeros = nn.initializers.zeros
+                q_BTHK += self._param("query_bias", ("heads", "head_dim"), (H, K), zeros).astype(dtype)
+                k_BTGK += self._param("key_bias", ("kv_heads", "head_dim"), (G, K), zeros).astype(dtype)
+                v_BTGK += self._param("value_bias", ("kv_heads", "head_dim"), (G, K), zeros).astype(dtype)
+            q_BTHK = constrain(q_BTHK, "batch", None, "heads", None)
+            k_BTGK = constrain(k_BTGK, "batch", None, "kv_heads", None)
+            v_BTGK = constrain(v_BTGK, "batch", None, "kv_heads", None)
+            if m.qk_norm:
+                query_norm = self._param("query_norm", ("norm",), (K,), nn.initializers.ones)
+                key_norm = self._param("key_norm", ("norm",), (K,), nn.initializers.ones)
+                q_BTHK = rms_norm(q_BTHK, query_norm, m.norm_eps)
+                k_BTGK = rms_norm(k_BTGK, key_norm, m.norm_eps)
             q_BTHK = apply_rope(q_BTHK, context.cos_BTC, context.sin_BTC)
             k_BSGK, v_BSGK = apply_rope(k_BTGK, context.cos_BTC, context.sin_BTC), v_BTGK
             if cache_BSGK is not None:
@@ -95,7 +106,7 @@ class Block(nn.Module):
                 q_BTHK,
                 k_BSGK.astype(dtype),
                 v_BSGK.astype(dtype),
-                context.mask,
+                context.mask if window is None else slide(context.mask, window),
                 backend=self.compute.attention,
             )
             x_ND = x_ND + a_BTHK.reshape(B * T, H * K) @ output.reshape(H * K, D)
@@ -140,7 +151,7 @@ class Decoder(nn.Module):
         # Whole rows before the lookup: a gather from rows cut over fsdp makes XLA replicate its result and gradient.
         rows_VD = constrain(embedding_VD, "vocab", "activation_embed")
         x_BTD = constrain(rows_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
-        cos_BTC, sin_BTC = rope_tables(positions_BT, m.head_dim, m.rope_theta)
+        cos_BTC, sin_BTC = rope_tables(positions_BT, m.head_dim, m.rope_theta, m.rope_scaling)
         context = Context(
             cos_BTC, sin_BTC, MaskSpec(first_key_BT, None if cache is None else cache.write_index)
         )
@@ -149,7 +160,7 @@ class Decoder(nn.Module):
         else:
             layers = _stack(m, self.compute)(model=m, compute=self.compute, name="layers")
             keys_values = None if cache is None else (cache.k_LBSGK, cache.v_LBSGK)
-            x_BTD, keys_values = layers(x_BTD, keys_values, context)
+            x_BTD, keys_values = layers(x_BTD, keys_values, _windows(m), context)
             if cache is not None:
                 cache = Cache(keys_values[0], keys_values[1], cache.write_index + tokens_BT.shape[1])
         scale_D = self.param(
@@ -162,9 +173,11 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """The layers one by one, with the parameters and the cache that `unstack` gives."""
         block, keys, values = Block(self.model, self.compute, parent=None), [], []
+        windows = _windows(self.model)
         for number, params in enumerate(self.get_variable("params", "layers")):
             old = None if cache is None else (cache.k_LBSGK[number], cache.v_LBSGK[number])
-            x_BTD, new = block.apply({"params": params}, x_BTD, old, context)
+            window = None if windows is None else windows[number]
+            x_BTD, new = block.apply({"params": params}, x_BTD, old, window, context)
             if new is not None:
                 keys.append(new[0])
                 values.append(new[1])
@@ -206,6 +219,14 @@ def init_params(decoder: Decoder, seed: int) -> Any:
     return decoder.init(jax.random.key(seed), tokens, tokens, tokens)["params"]
 
 
+def _windows(model: ModelConfig) -> jax.Array | None:
+    """Keys that a query of each layer sees, [L]; None where all layers see everything."""
+    if not model.sliding_window:
+        return None
+    full = jnp.arange(model.num_layers) < model.full_attention_layers
+    return jnp.where(full, jnp.iinfo(jnp.int32).max, model.sliding_window)
+
+
 def _write(cache_BSGK: jax.Array, new_BTGK: jax.Array, index: Any) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(cache_BSGK, new_BTGK.astype(cache_BSGK.dtype), index, axis=1)
 
@@ -221,7 +242,7 @@ def _stack(model: ModelConfig, compute: ComputeConfig) -> Any:
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast),
         length=model.num_layers,
         unroll=min(unroll, model.num_layers),
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -24,6 +24,13 @@ class MaskSpec(NamedTuple):
     query_start: jax.Array | None = None
 
 
+def slide(mask: MaskSpec, window: jax.Array | int) -> MaskSpec:
+    """The mask of a layer whose queries see at most `window` keys, their own included (arXiv:2004.05150)."""
+    start = 0 if mask.query_start is None else mask.query_start
+    query_T = start + jnp.arange(mask.first_key_BT.shape[1])
+    return mask._replace(first_key_BT=jnp.maximum(mask.first_key_BT, query_T - window + 1))
+
+
 def attend(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: MaskSpec, *, backend: str = "auto"
 ) -> jax.Array:

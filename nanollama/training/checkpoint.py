@@ -10,11 +10,13 @@ or the loop.
 """
 
 import argparse
+import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ class Checkpoints:
         self._set_aside_from(step)
         self._saving = step
         try:
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(dict(metadata)))
+            items = ocp.args.Composite(state=self._arguments(state), metadata=ocp.args.JsonSave(dict(metadata)))
             with jax.transfer_guard("allow"):  # copies to the host are what a save is
                 manager.save(step, args=items, force=True)
         except OSError as error:
@@ -134,7 +136,12 @@ class Checkpoints:
             # Called between the last byte and the rename: the hashes are part of what is committed atomically.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_hash_list),
         )
-        return ocp.CheckpointManager(self.directory, options=options)
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=self._handlers)
+
+    _handlers: dict[str, Any] | None = None  # Orbax's own
+
+    def _arguments(self, state: Any) -> ocp.args.CheckpointArgs:
+        return ocp.args.StandardSave(state)
 
     def _write_hash_list(self) -> None:
         for folder in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
@@ -178,6 +185,56 @@ class Checkpoints:
         )
 
 
+class LazyArray:
+    """An array that is made when its turn to be written comes, and dropped after. For `LazyCheckpoints`."""
+
+    def __init__(self, read: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: Any = np.float32):
+        self.read, self.shape, self.dtype = read, shape, np.dtype(dtype)
+        self.ndim, self.size = len(shape), int(np.prod(shape, dtype=np.int64))
+        self.nbytes = self.size * self.dtype.itemsize
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Writes LazyArrays as Orbax writes NumPy arrays, but one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Semaphore(1)
+        self._error: Exception | None = None
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
+        async with self._turn:
+            if self._error is None:  # after an error the others only end, so that none is left waiting
+                try:
+                    await super()._open_and_write(value.read(), tspec, ts_context)
+                except Exception as error:
+                    self._error = error
+
+    async def _background_serialize(self, *arguments: Any, **options: Any) -> None:
+        await super()._background_serialize(*arguments, **options)
+        if self._error is not None:
+            raise self._error
+
+
+class LazyCheckpoints(Checkpoints):
+    """Saves trees of LazyArrays, one array in memory at a time. What it writes is read like any checkpoint."""
+
+    def __init__(self, directory: str | Path, config: CheckpointConfig):
+        super().__init__(directory, dataclasses.replace(config, asynchronous=False))
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (LazyArray, _OneByOne()),
+            (jax.Array, ocp.type_handlers.ArrayHandler()),  # none is written, but Orbax warns where it is not known
+        )
+        self._handlers = {
+            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+
+    def _arguments(self, state: Any) -> ocp.args.CheckpointArgs:
+        chunks = ocp.SaveArgs(chunk_byte_size=16 << 20)  # what is compressed, and later read, at one time
+        return ocp.args.PyTreeSave(state, save_args=jax.tree.map(lambda _: chunks, state))
+
+
 def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
     """(params, metadata) of a run folder's, checkpoints folder's or step folder's newest good checkpoint.
 
@@ -203,6 +260,31 @@ def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -
     )
     params = _read_arrays(folder, ocp.PyTreeCheckpointHandler(), arguments)["params"]
     return params, _read_metadata(folder)
+
+
+def parameter_infos(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, type) of each parameter by its path, "layers/query"; `path` as in `restore_params`. Reads none."""
+    saved = _saved_arrays(find_step_folder(path))["params"]
+    return {
+        jax.tree_util.keystr(name, simple=True, separator="/"): (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for name, leaf in jax.tree_util.tree_leaves_with_path(saved)
+    }
+
+
+def restore_parameter(folder: str | Path, name: str) -> np.ndarray:
+    """One parameter ("layers/query") of a step folder, on the host: for what must not hold the whole model."""
+    tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+    item: Any = 0
+    for part in reversed(["params", *name.split("/")]):
+        tree, item = {part: tree}, {part: item}
+    arguments = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
+    array: np.ndarray = jax.tree.leaves(_read_arrays(Path(folder), ocp.PyTreeCheckpointHandler(), arguments))[0]
+    return array
+
+
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """What was saved beside the arrays of a step folder."""
+    return _read_metadata(Path(folder))
 
 
 def restore_numpy(path: str | Path) -> dict[str, Any]:

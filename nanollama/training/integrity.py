@@ -79,6 +79,6 @@ def state_hashes(state: Any) -> dict[str, Any]:
     hashes = {
         "step": int(jax.device_get(fields["step"])),
         "params": tree_hash(fields["params"]),
-        "optimizer": tree_hash(fields["opt_state"]),
+        "optimizer": tree_hash(fields.get("opt_state", {})),
     }
     return {**hashes, "combined": sha256_json(hashes)}

@@ -4,9 +4,21 @@ from typing import Any
 
 from nanollama.config import ConfigError
 from nanollama.data.strict import nearest
-from nanollama.models.families import llama
+from nanollama.models.families import llama, minimind, mistral, qwen
+from nanollama.models.families.published import Family
 
-PRESETS: dict[str, dict[str, Any]] = {**llama.PRESETS}
+FAMILIES: dict[str, Family] = {
+    **llama.FAMILIES,
+    **qwen.FAMILIES,
+    **mistral.FAMILIES,
+    **minimind.FAMILIES,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    **llama.PRESETS,
+    **qwen.PRESETS,
+    **mistral.PRESETS,
+    **minimind.PRESETS,
+}
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -14,3 +26,13 @@ def preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError("preset", f"no preset {name!r}", nearest(name, list(PRESETS)))
     return dict(PRESETS[name])
+
+
+def family_of(model_type: str, where: str) -> tuple[str, Family]:
+    """Our name and mapping of a published `model_type`. Errors: ConfigError when it is none of ours."""
+    for name, family in FAMILIES.items():
+        if family.model_type == model_type:
+            return family.becomes or name, family
+    raise ConfigError(
+        f"{where}: model_type", f"{model_type!r} is not supported", nearest(model_type, list(FAMILIES))
+    )

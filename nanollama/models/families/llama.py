@@ -1,10 +1,38 @@
-"""Llama presets: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases (arXiv:2302.13971, 2307.09288).
+"""Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases (arXiv:2302.13971, 2307.09288, 2407.21783).
 
-Hidden and ffn sizes of our own presets from 23M up are multiples of 128. Parameter counts are in
+Our own presets are llama-micro to nanollama-1b; hidden and ffn sizes from 23M up are multiples of 128. The others
+are the published models: Llama 3.2 (1b, 3b), Llama 2 (7b, 13b), Llama 3.1 (8b). Parameter counts are in
 `python -m nanollama.models`.
 """
 
 from typing import Any
+
+from nanollama.config import RopeScaling
+from nanollama.models.families.published import (
+    DENSE_DEFAULTS,
+    DENSE_FIELDS,
+    DENSE_REQUIRED,
+    Family,
+    dense_tensors,
+)
+
+FAMILIES = {
+    "llama": Family(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        fields=DENSE_FIELDS,
+        tensors=dense_tensors,
+        defaults={**DENSE_DEFAULTS, "max_position_embeddings": 2048},
+        required={**DENSE_REQUIRED, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+    )
+}
+
+
+def _llama3_scaling(factor: float) -> RopeScaling:
+    return RopeScaling(
+        "llama3", factor, original_length=8192, low_frequency_factor=1.0, high_frequency_factor=4.0
+    )
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # about 3.1M with the quickstart's 8k vocabulary: trains on two CPU cores in minutes
@@ -57,5 +85,63 @@ PRESETS: dict[str, dict[str, Any]] = {
         num_kv_heads=4,
         head_dim=64,
         tie_embeddings=False,
+    ),
+    "llama-1b": dict(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        rope_theta=500_000.0,
+        rope_scaling=_llama3_scaling(32.0),
+        max_position_embeddings=131_072,
+        tie_embeddings=True,
+    ),
+    "llama-3b": dict(
+        vocab_size=128_256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_layers=28,
+        num_heads=24,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=500_000.0,
+        rope_scaling=_llama3_scaling(32.0),
+        max_position_embeddings=131_072,
+        tie_embeddings=True,
+    ),
+    "llama-7b": dict(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+    ),
+    "llama-8b": dict(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=500_000.0,
+        rope_scaling=_llama3_scaling(8.0),
+        max_position_embeddings=131_072,
+    ),
+    "llama-13b": dict(
+        vocab_size=32_000,
+        hidden_size=5120,
+        intermediate_size=13_824,
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=40,
+        head_dim=128,
+        max_position_embeddings=4096,
     ),
 }

@@ -1,0 +1,156 @@
+"""`python -m nanollama.export.huggingface --checkpoint=RUN --output=DIR`: a folder that transformers loads.
+
+Owns what is in that folder: weights as safetensors, config.json, tokenizer, generation_config.json, model card.
+The folder appears whole or not at all.
+"""
+
+import argparse
+import dataclasses
+import functools
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nanollama.config import ConfigError, ModelConfig
+from nanollama.data.files import DataError, read_json, write_atomic, write_json
+from nanollama.data.strict import from_mapping, nearest
+from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, MODEL_FILES, Tokenizer
+from nanollama.export.model_card import model_card
+from nanollama.export.safetensors_file import write_safetensors
+from nanollama.export.tokenizer_json import tokenizer_json
+from nanollama.export.weights import FLOATS, Tensor, TensorInfo, publish, published_tensors
+from nanollama.models.families import FAMILIES
+from nanollama.models.families.published import write_config
+from nanollama.training.checkpoint import find_step_folder, parameter_infos, read_metadata, restore_parameter
+
+_DEFAULT_LENGTH = 2048  # where neither the model nor the run says how long a text may be
+
+
+def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "", shard_bytes: int = 5 << 30) -> Path:
+    """Write the published form of a run's newest good checkpoint to `output`, which must not exist.
+
+    dtype: of the weights; "" keeps that of the weights it was imported from, else float32 (the same logits).
+    One parameter at a time is in memory. Errors: DataError and ConfigError, before `output` exists.
+    """
+    output = Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise DataError(f"{output}: is there already. Choose another --output, or delete it.")
+    folder = find_step_folder(checkpoint)
+    metadata = read_metadata(folder)
+    model = _exported_model(metadata)
+    family = FAMILIES[model.family]
+    config = write_config(model, family)
+    dtype = dtype or metadata.get("lineage", {}).get("dtype", "float32")
+    if dtype not in FLOATS:
+        raise DataError(f"--dtype={dtype}: not a float type. {nearest(dtype, list(FLOATS))}")
+    run = folder.parent.parent
+    tokenizer = Tokenizer.load(run / "tokenizer") if (run / "tokenizer").is_dir() else None
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise DataError(f"{run}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: damaged.")
+    tensors = published_tensors(model, family)
+    _check_parameters(folder, tensors)
+
+    staged = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        _write_weights(folder, tensors, staged, dtype, shard_bytes)
+        ids = _write_tokenizer(tokenizer, staged, model) if tokenizer is not None else {}
+        write_json(staged / "config.json", {**config, "torch_dtype": dtype, **ids})
+        write_json(staged / "generation_config.json", {"_from_model_config": True, **ids})
+        results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
+        write_atomic(staged / "README.md", model_card(model, metadata, results, dtype, tokenizer))
+        if output.exists():
+            output.rmdir()
+        staged.rename(output)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return output
+
+
+def _exported_model(metadata: dict[str, Any]) -> ModelConfig:
+    config = metadata["config"]
+    model = from_mapping(ModelConfig, config["model"], "config.model")
+    if model.family not in FAMILIES:
+        raise ConfigError("config.model.family", f"{model.family!r}", nearest(model.family, list(FAMILIES)))
+    if FAMILIES[model.family].becomes:
+        model = dataclasses.replace(model, family=FAMILIES[model.family].becomes)
+    if not model.max_position_embeddings:
+        length = config.get("data", {}).get("sequence_length", _DEFAULT_LENGTH)
+        model = dataclasses.replace(model, max_position_embeddings=length)
+    return model
+
+
+def _check_parameters(folder: Path, tensors: list[Tensor]) -> None:
+    saved, needed = set(parameter_infos(folder)), {tensor.map.ours for tensor in tensors}
+    if saved != needed:
+        raise DataError(
+            f"{folder}: its parameters are not those that its configuration says: {sorted(saved ^ needed)}. "
+            "Export with the version that trained it."
+        )
+
+
+def _write_weights(folder: Path, tensors: list[Tensor], output: Path, dtype: str, shard_bytes: int) -> None:
+    by_parameter: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        by_parameter.setdefault(tensor.map.ours, []).append(tensor)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    groups = [
+        (functools.partial(restore_parameter, folder, path), [(t.name, TensorInfo(t.shape, dtype)) for t in group])
+        for path, group in by_parameter.items()
+    ]
+    write_safetensors(
+        output, groups, lambda parameter, name: publish(parameter, by_name[name], dtype), shard_bytes=shard_bytes
+    )
+
+
+def _write_tokenizer(tokenizer: Tokenizer, output: Path, model: ModelConfig) -> dict[str, Any]:
+    """tokenizer.json, what goes with it, and the ids that config.json and generation_config.json name."""
+    source = (tokenizer.directory / MODEL_FILES[tokenizer.manifest["kind"]]).read_bytes()
+    if tokenizer.manifest["kind"] == "sentencepiece":
+        write_atomic(output / MODEL_FILE, source)  # so that an import gives the same frozen tokenizer back
+        source = tokenizer_json(source, add_bos=True)
+    write_atomic(output / "tokenizer.json", source)
+    names = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
+    ids = {name: number for name, number in names.items() if number >= 0}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": "bos" in ids,
+        **{f"{name}_token": tokenizer.piece(number) for name, number in ids.items()},
+    }
+    if tokenizer.chat_template:
+        config["chat_template"] = tokenizer.chat_template
+        write_atomic(output / CHAT_TEMPLATE_FILE, tokenizer.chat_template)
+    write_json(output / "tokenizer_config.json", config)
+    stops = tokenizer.stop_ids
+    published = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad") if name in ids}
+    return {**published, "eos_token_id": stops if len(stops) > 1 else stops[0]}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; 2 and a message on what the user can mend."""
+    parser = argparse.ArgumentParser(prog="nanollama.export.huggingface", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder or one step's folder")
+    parser.add_argument("--output", required=True, help="folder to write; must not exist")
+    parser.add_argument("--dtype", default="", choices=["", *FLOATS], help="default: as imported, else float32")
+    parser.add_argument("--shard_gigabytes", type=float, default=5.0, help="weights are cut into files of this size")
+    options = parser.parse_args(arguments)
+    begin = time.perf_counter()
+    try:
+        output = export(
+            options.checkpoint, options.output, dtype=options.dtype, shard_bytes=int(options.shard_gigabytes * 1e9)
+        )
+    except (DataError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in output.iterdir())
+    print(f"{output}: {size / 1e6:,.1f} MB in {time.perf_counter() - begin:.1f} s. Load it with transformers:")
+    print(f"  AutoModelForCausalLM.from_pretrained({str(output)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

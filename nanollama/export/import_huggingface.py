@@ -1,0 +1,148 @@
+"""`python -m nanollama.export.import_huggingface --source=DIR --output=RUN`: a published model as a run folder.
+
+DIR is what transformers writes: config.json, safetensors (one file or shards), tokenizer. Nothing is downloaded.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from nanollama.config import ConfigError
+from nanollama.data.files import DataError, read_json, sha256_file
+from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, Tokenizer, freeze
+from nanollama.export.imported import write_run
+from nanollama.export.safetensors_file import SafetensorsDirectory, metadata_of
+from nanollama.export.tokenizer_json import tokenizer_json
+from nanollama.export.weights import published_tensors
+from nanollama.models.families import family_of
+from nanollama.models.families.published import read_config
+
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+def import_model(source: str | Path, output: str | Path, say: Callable[[str], None] = print) -> Path:
+    """Read the published model in `source` into the run folder `output`, which must hold no run.
+
+    Errors: DataError and ConfigError name the field or tensor, before anything is written.
+    """
+    source = Path(source)
+    config_file = source / "config.json"
+    if not config_file.is_file():
+        raise DataError(f"{config_file}: no such file. --source is a folder that transformers wrote or downloaded.")
+    config = read_json(config_file)
+    if "model_type" not in config:
+        raise ConfigError(f"{config_file}: model_type", "is missing", "Restore the config.json.")
+    name, family = family_of(config["model_type"], str(config_file))
+    model = read_config(config, name, family, str(config_file))
+    weights = SafetensorsDirectory(source)
+    tensors = published_tensors(model, family)
+    lineage = {
+        "source": source.name,
+        "format": "huggingface",
+        "architecture": family.architecture,
+        "config_sha256": sha256_file(config_file),
+        "dtype": metadata_of(weights.tensors),
+    }
+    has_tokenizer = (source / TOKENIZER_FILE).is_file() or (source / MODEL_FILE).is_file()
+    if not has_tokenizer:
+        say(f"{source}: no {TOKENIZER_FILE} and no {MODEL_FILE}: imported without a tokenizer")
+    make = (lambda folder: freeze_published(source, folder)) if has_tokenizer else None
+    return write_run(output, model, weights, tensors, lineage=lineage, make_tokenizer=make, say=say)
+
+
+def freeze_published(source: Path, folder: Path) -> Tokenizer:
+    """The tokenizer of `source`, frozen in `folder`.
+
+    A SentencePiece model that has all that a frozen one needs is taken as it is; else tokenizer.json, or one made
+    from the SentencePiece model. Errors: DataError.
+    """
+    settings = read_json(source / TOKENIZER_CONFIG) if (source / TOKENIZER_CONFIG).is_file() else {}
+    corpus = {"published_with": source.name}
+    model = (source / MODEL_FILE).read_bytes() if (source / MODEL_FILE).is_file() else b""
+    file = (source / TOKENIZER_FILE).read_bytes() if (source / TOKENIZER_FILE).is_file() else b""
+    if model and _is_sentencepiece(model):
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        complete = min(processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id()) >= 0
+        if complete and (not file or _size(file) == processor.vocab_size()):
+            return freeze(folder, model, algorithm=settings.get("algorithm", "published"), corpus=corpus)
+        file = file or tokenizer_json(model, add_bos=True)
+    if not file:
+        raise DataError(f"{source / MODEL_FILE}: not a SentencePiece model. Add the model's {TOKENIZER_FILE}.")
+    from nanollama.data.hub_tokenizer import begins_with, freeze_tokenizer_json
+
+    stops = _stop_ids(source)
+    eos = _token(settings.get("eos_token")) or (_piece(file, stops[0]) if stops else None)
+    if eos is None:
+        raise DataError(f"{source / TOKENIZER_CONFIG}: names no eos_token, so no answer would ever end. Add it.")
+    template = source / CHAT_TEMPLATE_FILE
+    return freeze_tokenizer_json(
+        folder,
+        file,
+        bos=begins_with(file),
+        eos=eos,
+        pad=_token(settings.get("pad_token")),
+        stop_ids=stops,
+        chat_template=template.read_text(encoding="utf-8") if template.is_file() else _template(settings),
+        corpus=corpus,
+    )
+
+
+def _is_sentencepiece(model: bytes) -> bool:
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:  # Llama 3 calls its tiktoken ranks tokenizer.model too
+        return False
+    return True
+
+
+def _size(file: bytes) -> int:
+    return len(json.loads(file)["model"]["vocab"])
+
+
+def _piece(file: bytes, number: int) -> str | None:
+    added = {token["id"]: token["content"] for token in json.loads(file)["added_tokens"]}
+    return added.get(number)
+
+
+def _token(value: Any) -> str | None:
+    return value["content"] if isinstance(value, dict) else value
+
+
+def _template(settings: dict[str, Any]) -> str | None:
+    """chat_template is a text, or a list of named ones."""
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        named = {entry["name"]: entry["template"] for entry in found}
+        return named.get("default")
+    return found
+
+
+def _stop_ids(source: Path) -> list[int]:
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(source / name).get("eos_token_id") if (source / name).is_file() else None
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; 2 and a message on what the user can mend."""
+    parser = argparse.ArgumentParser(prog="nanollama.export.import_huggingface", description=__doc__.splitlines()[0])
+    parser.add_argument("--source", required=True, help="folder with config.json, safetensors and tokenizer")
+    parser.add_argument("--output", required=True, help="run folder to make")
+    options = parser.parse_args(arguments)
+    try:
+        import_model(options.source, options.output)
+    except (DataError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
