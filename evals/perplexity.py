@@ -86,7 +86,8 @@ def evaluate(model: LoadedModel, data: Path, split: str, window: int, stride: in
     if (data / MANIFEST_FILE).is_file():
         rows = packed_rows(data, split, model.tokenizer, window, max_tokens, documents)
         how = (f"rows of {window} tokens as packed for training: documents never see each other, each document is "
-               "bos + text + eos, bos is not predicted, eos is")
+               "bos + text + eos, bos is not predicted, eos is; nor is the first token of a later row of a document "
+               "longer than a row, though its bytes count")
         stride = window
     else:
         rows = windows(read_documents(data, documents), model.tokenizer, window, stride, max_tokens, documents)
@@ -112,10 +113,11 @@ def table(results: dict[str, Any]) -> str:
              f"{'bits/byte':>10}  95 % interval"]
     parts = results["sources"] if len(results["sources"]) > 1 else {}
     for name, part in [*parts.items(), ("all", results)]:
-        low, high = part["bits_per_byte_interval_95"] or (math.nan, math.nan)
+        interval = part["bits_per_byte_interval_95"]
+        shown = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-"
         lines.append(f"{name[:28]:<28} {part['documents']:>9,} {part['tokens']:>10,} {part['nll_per_token']:>10.4f} "
                      f"{part['perplexity_token']:>11.5g} {part['perplexity_word'] or math.nan:>12.5g} "
-                     f"{part['bits_per_byte'] or math.nan:>10.4f}  {low:.4f} to {high:.4f}")
+                     f"{part['bits_per_byte'] or math.nan:>10.4f}  {shown}")
     return "\n".join(lines)
 
 

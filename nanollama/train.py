@@ -106,14 +106,14 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
                     log.validation(step, validation.run(state.params))
                 if config.logging.sample_every and step % config.logging.sample_every == 0:
                     watch.catch_up()
-                    print(sampler.write(step, state.params), flush=True)
+                    print(sampler.write(step, state.params), end="", flush=True)
 
         # 4. The end: the last checkpoint is on disk before anything is said about it.
         checkpoints.wait()
         figures = validation.run(state.params) if validation else {}
         if figures:
             log.validation(config.steps, figures)
-        print(sampler.write(config.steps, state.params), flush=True)
+        print(sampler.write(config.steps, state.params), end="", flush=True)
         run_folder.add_result(workdir, "training", {"step": config.steps, "validation": figures})
     return True
 

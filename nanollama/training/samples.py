@@ -3,6 +3,7 @@
 Knows nothing of the loop. The engine is the one that chat and evaluation use.
 """
 
+import dataclasses
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -10,11 +11,9 @@ from jax.sharding import Mesh
 from nanollama.config import Config
 from nanollama.data.files import write_json
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.generation.command_line import DEFAULT
 from nanollama.generation.engine import Engine
-from nanollama.generation.sampling import SamplingConfig
 from nanollama.models.decoder import Params
-
-TEMPERATURE, TOP_P = 0.8, 0.95  # usual for base models: lively, seldom nonsense for want of a tail
 
 
 class Sampler:
@@ -35,12 +34,13 @@ class Sampler:
                                   stop_ids=(self._tokenizer.eos_id,), vocabulary=self._tokenizer.vocab_size)
         self._engine.set_params(params)
         prompts = [[self._tokenizer.bos_id, *self._tokenizer.encode(prompt)] for prompt in logging.sample_prompts]
-        sampling = [SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, seed=seed) for seed in range(len(prompts))]
+        sampling = [dataclasses.replace(DEFAULT, seed=seed) for seed in range(len(prompts))]
         completions = self._engine.generate(prompts, sampling, max_new_tokens=logging.sample_tokens, crop=True)
         samples = [
             {"prompt": prompt, "text": self._tokenizer.decode(done.tokens), "tokens": len(done.tokens),
-             "temperature": TEMPERATURE, "top_p": TOP_P, "seed": seed, "finish_reason": done.finish_reason}
+             "temperature": DEFAULT.temperature, "top_p": DEFAULT.top_p, "seed": seed,
+             "finish_reason": done.finish_reason}
             for seed, (prompt, done) in enumerate(zip(logging.sample_prompts, completions, strict=True))
         ]
         write_json(self._folder / f"{step}.json", {"step": step, "samples": samples})
-        return f"sample at step {step}: {samples[0]['prompt']!r} -> {samples[0]['text']!r}"
+        return f"sample at step {step}: {samples[0]['prompt']!r} -> {samples[0]['text']!r}\n"

@@ -1,6 +1,9 @@
 """Held-out loss: every row of a validation split once, per token, per byte and per source.
 
-Owns the figures' conventions. Knows nothing of the loop or of checkpoints; `evals.perplexity` uses it too.
+Owns the figures' conventions: nll in nats per predicted token; a document is bos + tokens + eos, bos is not
+predicted, eos is; the first token of a later row of a document longer than a row is not, though its bytes count;
+perplexity = exp(nll); bits per byte = nll of all tokens / ln 2 / UTF-8 bytes of the text. Knows nothing of the loop
+or of checkpoints; `evals.perplexity` uses it too.
 """
 
 import math
@@ -17,11 +20,6 @@ from nanollama.data.mixture import open_mixture
 from nanollama.models.decoder import Decoder, Params, head
 from nanollama.ops.losses import token_log_probs
 from nanollama.parallel.mesh import batch_sharding
-
-CONVENTION = (
-    "nll in nats per predicted token; a document is bos + tokens + eos, bos is not predicted, eos is; "
-    "perplexity = exp(nll); bits per byte = nll of all tokens / ln 2 / UTF-8 bytes of the text"
-)
 
 
 class Validation:
