@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -66,7 +67,8 @@ def test_a_change_of_any_feature_is_seen() -> None:
         mutant = case._replace(model=dataclasses.replace(case.model, **change))
         batch = rows("padded", case.model.vocab_size)
         decoder = Decoder(mutant.model, ComputeConfig(scan_unroll=1))
-        hidden, _ = decoder.apply({"params": case.params}, batch["tokens"], batch["positions"], batch["first_key"])
+        run = jax.jit(decoder.apply)
+        hidden, _ = run({"params": case.params}, batch["tokens"], batch["positions"], batch["first_key"])
         logits = np.asarray(hidden @ head(case.params))[:1, ::8]
         assert np.abs(logits - golden["logits/padded"][:1]).max() > 1e-2, name
 

@@ -24,7 +24,7 @@ DISTRIBUTION = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "jaxlib": "jax", 
 STACK = {"clu", "einops"}  # named as part of the stack: there for configs and code of users, whether we import them
 
 # These rooms can be measured on a machine that has only the array libraries.
-PURE_ROOMS = ("ops", "kernels", "models", "parallel", "config", "data.strict", "data.files")
+PURE_ROOMS = ("ops", "kernels", "models", "parallel", "config", "model_config", "data.strict", "data.files")
 PURE_ROOMS += ("training.step", "training.state", "training.optim", "training.schedules", "objectives.next_token")
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "numpy", "einops", "nanollama"}
 
@@ -70,7 +70,8 @@ def test_every_import_is_declared_and_every_dependency_used():
         for name in third_party(path.read_text())
     }
     core = {canonicalize_name(requirement.name) for requirement in CORE}
-    optional = {canonicalize_name(r.name) for name in ("data", "wandb", "parity") for r in EXTRAS[name]}
+    extras = ("data", "wandb", "hub-tokenizers", "gguf", "parity")
+    optional = {canonicalize_name(r.name) for name in extras for r in EXTRAS[name]}
     assert not used - core - optional, "imported, but not in pyproject.toml"
     in_configs = {DISTRIBUTION.get(n, n) for p in sources("configs") for n in third_party(p.read_text())}
     unused = core - used - {canonicalize_name(name) for name in in_configs}
