@@ -18,7 +18,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "quickstart"
     config.seed = 0
-    config.steps = 8 if tiny else 400
+    config.steps = 8 if tiny else 320
 
     config.model = ConfigDict(preset("llama-micro"))  # 3.1M parameters, vocabulary of 8192
     if tiny:
@@ -32,7 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.batch = ConfigDict({"global_rows": 4 if tiny else 8})
 
-    config.optimizer = ConfigDict({"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.1})
+    config.optimizer = ConfigDict({"name": "adamw", "learning_rate": 2e-3, "weight_decay": 0.1})
     config.schedule = ConfigDict({"name": "wsd"})  # warm up, stay, then decay over the last fifth
     config.schedule.warmup_steps = config.steps // 10
     config.schedule.decay_steps = config.steps // 5
