@@ -54,7 +54,7 @@ def windows(
     max_tokens: int,
     documents: dict[int, Document],
 ) -> Iterator[Row]:
-    """Rows of a sliding window over each text: every token after bos is predicted exactly once.
+    """Rows of a sliding window over each text: every token but the first is predicted exactly once.
 
     A text cut off at `max_tokens` counts in `documents` only as far as it is read.
 
@@ -62,7 +62,9 @@ def windows(
     """
     total = 0
     for key, text in texts:
-        ids = np.array([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
+        ids = np.array([*tokenizer.begin, *tokenizer.encode(text)], np.int32)
+        if not len(ids):  # an empty text, and a tokenizer without bos
+            continue
         if max_tokens and len(ids) - 1 > max_tokens - total:
             ids = ids[: max_tokens - total + 1]
             documents[key] = count_text(documents[key].source, tokenizer.decode(ids.tolist()))

@@ -1,7 +1,8 @@
-"""`python -m nanollama.chat --checkpoint=RUN`: write with a base model. You begin a text, it goes on.
+"""`python -m nanollama.chat --checkpoint=RUN`: talk with a chat model, or write with a base model.
 
 Owns the dialogue: the text so far, the commands, and what Ctrl-C and Ctrl-D do. A base model knows no questions
-and answers; it completes. Works with a terminal and with piped input.
+and answers; it completes a text that you begin. A model whose tokenizer has a chat template answers what you say.
+Works with a terminal and with piped input.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nanollama.data.chat_template import render
+from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError, nearest
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.generation import command_line
@@ -39,6 +42,9 @@ _COMMANDS = (*_FIELDS, "/max", "/help", "/reset", "/again", "/text", "/settings"
 
 class Chat:
     """One text that a person and a model write together."""
+
+    HELP = HELP
+    _NOTES = {"stop": " [end of the text]", "stopped": " [stopped]"}
 
     def __init__(
         self,
@@ -84,7 +90,7 @@ class Chat:
         self._before, self._ended = self.text, False
         seed = (self.sampling.seed + self._parts) % (1 << 32)
         self._parts += 1
-        prompt = command_line.begin(self._tokenizer, self.text)
+        prompt = self._prompt()
         if len(prompt) + self.max_new_tokens > self._engine.context_length:
             self._write(f"[the model sees the end of the text: its context is {self._engine.context_length} tokens]\n")
         stream = self._engine.stream(
@@ -102,9 +108,11 @@ class Chat:
                 reason = reason or "stopped"
                 break
         self._show(pieces.finish())
-        notes = {"stop": " [end of the text]", "stopped": " [stopped]"}
-        self._write(notes.get(reason or "", "") + "\n")
+        self._write(self._NOTES.get(reason or "", "") + "\n")
         self._ended = reason == "stop"
+
+    def _prompt(self) -> list[int]:
+        return command_line.begin(self._tokenizer, self.text)
 
     def _show(self, new: str) -> None:
         self.text += new
@@ -123,7 +131,7 @@ class Chat:
             self._reset()
             self._write("A new text.\n")
         elif name in ("/help", "/text", "/settings"):
-            self._write({"/help": HELP, "/text": self.text, "/settings": self.settings()}[name] + "\n")
+            self._write({"/help": self.HELP, "/text": self.text, "/settings": self.settings()}[name] + "\n")
         elif name != "/quit":
             close = nearest(name, _COMMANDS)
             self._write(f"No command {name}. {close} A text that begins with / is written with //.\n")
@@ -154,6 +162,51 @@ class Chat:
         """The values in use, as the commands that set them."""
         values = [f"{name} {getattr(self.sampling, field):g}" for name, field in _FIELDS.items()]
         return "  ".join([*values, f"/max {self.max_new_tokens}"])
+
+
+class Conversation(Chat):
+    """Turns of a person and a chat model, in the model's own template. `text` is what has been shown of them."""
+
+    HELP = HELP[HELP.index("  /reset") :].replace("a new text", "anew").replace("last part", "last answer")
+    _NOTES = {"stopped": " [stopped]", "length": " [cut off: /max has the limit]", "context": " [no room left]"}
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._messages: list[dict[str, str]] = []
+
+    def handle(self, line: str) -> bool:
+        """Do what a line says; False when it says to leave."""
+        if not line:
+            return True
+        return super().handle(line)
+
+    def _add(self, line: str) -> None:
+        self.text += f"> {line}\n"
+        self._messages.append({"role": "user", "content": line})
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._messages = []
+
+    def _complete(self) -> None:
+        if self._messages[-1]["role"] == "assistant":  # /again
+            self._messages.pop()
+        super()._complete()
+        self._messages.append({"role": "assistant", "content": self.text[len(self._before) :]})
+        self.text += "\n"
+
+    def _prompt(self) -> list[int]:
+        """The conversation in the template; words that only look like special tokens are taken out of messages."""
+        tokenizer = self._tokenizer
+        begin = tokenizer.piece(tokenizer.bos_id) if tokenizer.begin else ""
+        filled = render(
+            tokenizer.chat_template or "",
+            [{**message, "content": tokenizer.without_special(message["content"])} for message in self._messages],
+            add_generation_prompt=True,
+            bos_token=begin,
+            eos_token=tokenizer.piece(tokenizer.eos_id),
+        )
+        return tokenizer.encode_markup(filled)
 
 
 class Interrupt:
@@ -207,13 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # line editing and history for input()
-        print(f"{model.config.name}, step {model.step}: a base model, it goes on from what you type. /help says more.")
+        kind = "it answers" if model.tokenizer.chat_template else "a base model, it goes on from what you type"
+        print(f"{model.config.name}, step {model.step}: {kind}. /help says more.")
 
     def write(text: str) -> None:
         print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     interrupt = Interrupt()
-    chat = Chat(
+    chat = (Conversation if model.tokenizer.chat_template else Chat)(
         engine, model.tokenizer, sampling, options.max_new_tokens, write, lambda: interrupt.requested
     )
     going = True
@@ -226,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 going = chat.handle(entry)
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit leaves)")
-        except GenerationError as error:
+        except (GenerationError, DataError) as error:
             print(f"error: {error}", file=sys.stderr)
     return 0
 

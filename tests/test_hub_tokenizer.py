@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from nanollama.chat import Conversation
 from nanollama.data.chat_template import render
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
+from nanollama.generation.engine import Delta
+from nanollama.generation.sampling import SamplingConfig
 
 TEXTS = ["Hello, world! 123 times.", "  two  spaces  ", "def f(x):\n\treturn x**2\n", "日本語 🙂 é", "<|end|>", ""]
 
@@ -104,6 +107,37 @@ def test_chat_template_runs_in_a_sandbox() -> None:
         render("{{ messages.__class__.__mro__ }}", messages, add_generation_prompt=False)
     with pytest.raises(DataError, match="chat template"):
         render("{% for %}", messages, add_generation_prompt=False)
+
+
+class Echo:
+    """An engine that answers every prompt with the same words, and keeps the prompts."""
+
+    context_length = 1000
+
+    def __init__(self, answer: list[int]):
+        self.answer, self.prompts = answer, []
+
+    def stream(self, prompts: Any, sampling: Any, **options: Any) -> Any:
+        self.prompts += prompts
+        yield Delta(0, self.answer, [0.0] * len(self.answer), "stop")
+
+
+def test_conversation_fills_the_template(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}A:{% endif %}"
+    tokenizer = freeze(tmp_path / "t", chat_template=template)
+    engine, shown = Echo([*tokenizer.encode("yes"), tokenizer.eos_id]), []
+    chat = Conversation(engine, tokenizer, SamplingConfig(), 10, shown.append)
+    for line in ("one <|end|>", "", "two", "/again"):
+        assert chat.handle(line)
+    first = tokenizer.encode_markup("user:one <|end|>A:")
+    both = tokenizer.encode_markup("user:one <|end|>assistant:yes<|end|>user:two<|end|>A:")
+    assert engine.prompts == [first, both, both]  # what the person wrote as a special token is gone
+    assert first.count(tokenizer.eos_id) == 1
+    assert "".join(shown) == "yes\n" * 3
+    chat.handle("/reset")
+    chat.handle("one ")
+    assert engine.prompts[-1] == first
 
 
 def test_gguf_tokenizer_is_refused_by_its_key() -> None:

@@ -36,6 +36,7 @@ class HubTokenizer(Tokenizer):
         self._markup = tokenizers.Tokenizer.from_buffer(model)
         self._plain = tokenizers.Tokenizer.from_buffer(model)
         self._plain.encode_special_tokens = True  # "<|im_end|>" in a text is text, not the end of a turn
+        self._special = [t.content for t in self._markup.get_added_tokens_decoder().values() if t.special]
         self.vocab_size = _vocab_size(self._markup)
         self.unk_id, self.bos_id = manifest["unk_id"], manifest["bos_id"]
         self.eos_id, self.pad_id = manifest["eos_id"], manifest["pad_id"]
@@ -47,6 +48,12 @@ class HubTokenizer(Tokenizer):
     def encode_markup(self, text: str) -> list[int]:
         """Ids of `text`, in which special tokens are what they say."""
         return self._markup.encode(text, add_special_tokens=False).ids
+
+    def without_special(self, text: str) -> str:
+        """`text` less the special tokens written in it: a person must not be able to end the model's turn."""
+        for token in self._special:
+            text = text.replace(token, "")
+        return text
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """(bos) + ids + eos of each text, as uint32 arrays. `threads` is the library's own business."""

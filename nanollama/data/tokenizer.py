@@ -74,6 +74,11 @@ class Tokenizer:
         return tokenizer
 
     @property
+    def begin(self) -> list[int]:
+        """What every text begins with: the bos token, or nothing where the tokenizer has none (Qwen, SmolLM2)."""
+        return [self.bos_id] if self.bos_id >= 0 else []
+
+    @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: eos, and what else the model was published to stop at."""
         return [self.eos_id, *(token for token in self.manifest.get("stop_ids", []) if token != self.eos_id)]
@@ -96,6 +101,10 @@ class Tokenizer:
     def encode_markup(self, text: str) -> list[int]:
         """As `encode`, but special tokens written out in `text` are what they say: for filled chat templates."""
         return self.encode(text)
+
+    def without_special(self, text: str) -> str:
+        """`text` in which nothing reads as a special token to `encode_markup`: for what people say in a template."""
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special tokens; `decode` gives the text back exactly."""

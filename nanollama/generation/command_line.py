@@ -72,7 +72,7 @@ def engine(model: LoadedModel) -> Engine:
         model.config.model,
         model.config.compute,
         context_length=model.config.data.sequence_length,
-        stop_ids=[model.tokenizer.eos_id],
+        stop_ids=model.tokenizer.stop_ids,
         vocabulary=model.tokenizer.vocab_size,
     )
 
@@ -83,7 +83,7 @@ def begin(tokenizer: Tokenizer, text: str) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that were not UTF-8
         raise GenerationError(f"prompt {text[:40]!r}: character {error.start} is not Unicode. Give UTF-8.") from error
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+    return [*tokenizer.begin, *tokenizer.encode(text)]
 
 
 def forgive_encoding(*streams: TextIO) -> None:

@@ -33,7 +33,7 @@ class Sampler:
                                   context_length=self._config.data.sequence_length,
                                   stop_ids=(self._tokenizer.eos_id,), vocabulary=self._tokenizer.vocab_size)
         self._engine.set_params(params)
-        prompts = [[self._tokenizer.bos_id, *self._tokenizer.encode(prompt)] for prompt in logging.sample_prompts]
+        prompts = [[*self._tokenizer.begin, *self._tokenizer.encode(prompt)] for prompt in logging.sample_prompts]
         sampling = [dataclasses.replace(DEFAULT, seed=seed) for seed in range(len(prompts))]
         completions = self._engine.generate(prompts, sampling, max_new_tokens=logging.sample_tokens, crop=True)
         samples = [
