@@ -374,7 +374,7 @@ def test_a_terminal_with_ctrl_c_and_ctrl_d(tmp_path: Path) -> None:
         terminal.wait_for("[stopped]")
         terminal.type("/settings\n")
         terminal.wait_for("/max 1000000")
-        terminal.wait_for("> ")  # a Ctrl-D typed before the program reads keys one by one would be lost
+        terminal.wait_for("+ ")  # a Ctrl-D typed before the program reads keys one by one would be lost
         terminal.type("\x04")
         assert terminal.process.wait(timeout=60) == 0
     finally:

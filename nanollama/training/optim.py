@@ -37,7 +37,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 def build_optimizer(config: OptimizerConfig, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
     """As `make_optimizer`, for parameters with the logical axes of the tree `axes` (leaves: tuples of names)."""
-    is_decayed = _map_axes(lambda names: "norm" not in names, axes)
+    is_decayed = _map_axes(lambda names: "embed" in names, axes)  # matrices; neither norms nor biases
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _muon(config, axes) if config.name == "muon" else _adam(config),
