@@ -3,10 +3,11 @@
 Owns which parameter is treated how. It is decided by the logical axes a model declares, never by the number of
 dimensions: parameters are stacked, so a norm's scale is [L, D] and a query projection [L, D, H, K].
 
-    axes hold      weight decay   with config.optimizer.name = "muon"
-    "norm"         no             Adam
-    "vocab"        yes            Adam (embedding and head: rows are looked up, not multiplied as a matrix)
-    others         yes            Muon: "embed" is one side of each layer's matrix, what remains is the other
+    axes hold            weight decay   with config.optimizer.name = "muon"
+    "norm"               no             Adam
+    "vocab"              yes            Adam (embedding and head: rows are looked up, not multiplied as a matrix)
+    "embed", no "vocab"  yes            Muon: "embed" is one side of each layer's matrix, what remains is the other
+    others (biases)      no             Adam
 
 Knows nothing of meshes and of the loop.
 """
