@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.filters import ExactDuplicateFilter, Filter, make_filter
+from data_pipeline.variables import expand_variables
 from data_pipeline.yaml_lines import YamlError, line_of, load_with_lines
 from nanollama.data.strict import FieldError, from_mapping, to_mapping
 
 ROOT = "mixture"
 PYTHON_STDLIB, PACKAGE_METADATA = "python-stdlib", "package-metadata"
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SUFFIX_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".md": "text",
                    ".rst": "text", ".parquet": "parquet"}
 
@@ -122,16 +122,6 @@ def format_of(dataset: DatasetConfig) -> str:
         return "text"
     suffixes = [suffix for suffix in Path(first).suffixes if suffix not in (".gz", ".zst")]
     return _SUFFIX_FORMATS.get(suffixes[-1].lower(), "unknown") if suffixes else "unknown"
-
-
-def expand_variables(text: str, where: str) -> str:
-    """`text` with ${NAME} replaced from the environment. Raises FieldError when NAME is not set."""
-    def value(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
-            raise FieldError(where, f"the environment has no variable {match[1]} (in {text!r})",
-                             f"Set it, for example: export {match[1]}=/path/to/data")
-        return os.environ[match[1]]
-    return os.path.expanduser(_VARIABLE.sub(value, text))
 
 
 def _check(mixture: MixtureConfig) -> None:

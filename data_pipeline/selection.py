@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from data_pipeline.config import DatasetConfig, removes_duplicates
 from data_pipeline.documents import Bad, Document, Place, hash_fraction, text_digest
+from data_pipeline.filters import Filter, make_batch
 from data_pipeline.sources.base import Source
 from nanollama.data.files import DataError
 
@@ -95,7 +96,7 @@ def select(dataset: DatasetConfig, source: Source, seen: set[bytes],
             yield Dropped(bad.place, bad.reason, bad.detail)
             continue
         assert document is not None
-        reason = next((why for item in filters if (why := item.reason(document.text))), None)
+        reason = _reason(filters, document)
         digest = text_digest(document.encoded)
         if reason is None and unique and digest in seen:
             reason = DUPLICATE
@@ -146,8 +147,7 @@ def _hash_limit(dataset: DatasetConfig, source: Source, seen: set[bytes]) -> flo
         if document is None or len(document.encoded) > dataset.max_bytes:
             continue
         digest = text_digest(document.encoded)
-        if any(item.reason(document.text)
-               for item in filters) or (unique and (digest in seen or digest in fresh)):
+        if _reason(filters, document) or (unique and (digest in seen or digest in fresh)):
             continue
         if unique:
             fresh.add(digest)
@@ -159,6 +159,11 @@ def _hash_limit(dataset: DatasetConfig, source: Source, seen: set[bytes]) -> flo
             worst, size = heapq.heappop(largest_first)
             total, limit = total - size, min(limit, -worst)
     return limit
+
+
+def _reason(filters: tuple[Filter, ...], document: Document) -> str | None:
+    batch = make_batch([document.text], [document.id], [document.meta])
+    return next((why for item in filters if (why := item.judge(batch).reasons[0])), None)
 
 
 def _under(digest: bytes, document: Document, dataset: DatasetConfig, limit: float) -> bool:

@@ -19,7 +19,8 @@ CORE = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = {name: [Requirement(t) for t in texts] for name, texts in PROJECT["optional-dependencies"].items()}
 OWN = ("nanollama", "data_pipeline", "evals")
 # where a distribution's name is not its module's
-DISTRIBUTION = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "jaxlib": "jax", "PIL": "pillow"}
+DISTRIBUTION = {"yaml": "pyyaml", "kenlm": "ufal-kenlm", "sklearn": "scikit-learn", "fasttext": "fasttext-predict",
+                "orbax": "orbax-checkpoint", "jaxlib": "jax", "PIL": "pillow"}
 
 STACK = {"clu", "einops"}  # named as part of the stack: there for configs and code of users, whether we import them
 
@@ -27,6 +28,13 @@ STACK = {"clu", "einops"}  # named as part of the stack: there for configs and c
 PURE_ROOMS = ("ops", "kernels", "models", "parallel", "config", "model_config", "data.strict", "data.files")
 PURE_ROOMS += ("training.step", "training.state", "training.optim", "training.schedules", "objectives.next_token")
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "numpy", "einops", "nanollama"}
+
+
+def needed(extra):
+    """All that the extra asks for, with what it asks for by way of other extras of this project."""
+    own = [name for requirement in EXTRAS[extra] if requirement.name == "nanollama" for name in requirement.extras]
+    rest = [requirement for requirement in EXTRAS[extra] if requirement.name != "nanollama"]
+    return rest + [requirement for name in own for requirement in needed(name)]
 
 
 def sources(*tops):
@@ -70,7 +78,7 @@ def test_every_import_is_declared_and_every_dependency_used():
         for name in third_party(path.read_text())
     }
     core = {canonicalize_name(requirement.name) for requirement in CORE}
-    extras = ("data", "wandb", "hub-tokenizers", "gguf", "parity")
+    extras = ("curate", "data", "wandb", "hub-tokenizers", "gguf", "parity")
     optional = {canonicalize_name(r.name) for name in extras for r in EXTRAS[name]}
     assert not used - core - optional, "imported, but not in pyproject.toml"
     in_configs = {DISTRIBUTION.get(n, n) for p in sources("configs") for n in third_party(p.read_text())}
@@ -125,7 +133,7 @@ def test_lock_files_hold_plain_versions_that_fit(lock):
     for line in lines:
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+", line), f"{line!r} is not name==version"
     locked = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
-    for requirement in CORE + EXTRAS["test"] + (EXTRAS["lint"] if lock.name == "py311.txt" else []):
+    for requirement in CORE + needed("test") + (EXTRAS["lint"] if lock.name == "py311.txt" else []):
         version = locked.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} is not locked"
         assert requirement.specifier.contains(version), f"{requirement} does not allow the locked {version}"

@@ -14,18 +14,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data_pipeline.config import (
-    PACKAGE_METADATA,
-    PYTHON_STDLIB,
-    DatasetConfig,
-    expand_variables,
-    format_of,
-    paths_of,
-)
+from data_pipeline.config import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, format_of, paths_of
 from data_pipeline.documents import Bad, Document, Place, make_document, scalar_meta, text_digest
 from data_pipeline.sources.base import Input
 from data_pipeline.sources.python_code import decode_source, docstrings
 from data_pipeline.sources.streams import BrokenStream, TooLong, read_blocks, read_whole, split_rows
+from data_pipeline.variables import expand_variables
 from nanollama.data.files import DataError, sha256_file
 from nanollama.data.strict import FieldError, nearest
 
