@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import polars as pl
 
 from data_pipeline.filters.words import Definition, WordTable, word_table
+from data_pipeline.text.words import WordHashes, word_hashes
 from nanollama.data.strict import to_mapping
 
 
@@ -42,6 +43,11 @@ class Batch:
     @functools.cached_property
     def _tables(self) -> dict[str, WordTable]:
         return {}
+
+    @functools.cached_property
+    def words(self) -> WordHashes:
+        """The words of the texts, hashed once for all steps that are given this batch."""
+        return word_hashes(self.text)
 
     def with_text(self, text: pl.Series) -> "Batch":
         """The same documents with other texts (after a filter that rewrites)."""
