@@ -1,99 +1,63 @@
 """A mixture file (YAML): what text a corpus is made of. From the file to frozen dataclasses, strictly.
 
-Owns every field's name, type, default and check that needs no data; an error names file, line, field, the
-nearest valid name and the fix. Knows nothing of how sources are read.
+Owns every check that needs no data, and the weights that a sampling method computes; an error names file,
+line, field, the nearest valid name and the fix. Knows nothing of how sources are read.
 """
 
 import dataclasses
 import math
 import os
 import re
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from data_pipeline.filters import ExactDuplicateFilter, Filter, make_filter
+from data_pipeline.conversations import LAYOUTS
+from data_pipeline.filters import make_filter
+from data_pipeline.mixture_schema import (
+    PACKAGE_METADATA,
+    PYTHON_STDLIB,
+    DatasetConfig,
+    DatasetSampling,
+    Metadata,
+    MixtureConfig,
+    Validation,
+    epochs_of,
+    format_of,
+    layout_of,
+    paths_of,
+    removes_duplicates,
+)
+from data_pipeline.steps import BY_SIZE, SECTIONS, make_sampling, make_step
 from data_pipeline.variables import expand_variables
 from data_pipeline.yaml_lines import YamlError, line_of, load_with_lines
-from nanollama.data.strict import FieldError, from_mapping, to_mapping
+from nanollama.data.strict import FieldError, from_mapping, nearest, to_mapping
+
+__all__ = [
+    "PACKAGE_METADATA", "PYTHON_STDLIB", "DatasetConfig", "DatasetSampling", "Metadata", "MixtureConfig",
+    "MixtureError", "Validation", "epochs_of", "format_of", "layout_of", "load_mixture",
+    "mixture_mapping", "paths_of", "removes_duplicates",
+]
 
 ROOT = "mixture"
-PYTHON_STDLIB, PACKAGE_METADATA = "python-stdlib", "package-metadata"
-_SUFFIX_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".md": "text",
-                   ".rst": "text", ".parquet": "parquet"}
+RATIO_SLACK = 1e-3  # what the mix_ratio may miss 1 by
 
 
 class MixtureError(ValueError):
     """A mixture file that cannot be used; names file, line, field, what is wrong and how to mend it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """What the mixture is for. Recorded with everything made from it."""
-
-    phase: str
-    description: str
-    total_tokens: int | None = None  # tokens the training phase is meant to see
-    steps: int | None = None
-    max_seq_length: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetConfig:
-    """One dataset of the mixture: where its text is, what of it is kept, how much it weighs."""
-
-    name: str
-    # python-stdlib, package-metadata, path(s) with globs and ${VARIABLES}, or the id of a hub dataset
-    source: str | tuple[str, ...]
-    mix_ratio: float  # share of training; all of a mixture sum to 1
-    format: Literal["auto", "jsonl", "text", "parquet", "code", "docstrings", "huggingface"] = "auto"
-    text_field: str = "text"
-    id_field: str | None = None  # a field that names the document; default: path and line
-    meta_fields: tuple[str, ...] | None = None  # fields kept beside the text; default: every scalar one
-    separator: str | None = None  # splits a text file into documents; default: one file, one document
-    splits: tuple[str, ...] = ("train",)  # of a hub dataset
-    subset: str | None = None  # configuration name of a hub dataset
-    revision: str | None = None  # commit of a hub dataset, so that it never changes
-    estimated_tokens: int | None = None
-    licence: str | None = None  # shown in the data card
-    filters: tuple[dict, ...] = ()
-    max_bytes: int | None = None  # UTF-8 bytes of text taken at most
-    cap_order: Literal["hash", "head"] = "hash"  # max_bytes takes an even sample, or the first documents
-    on_error: Literal["skip", "stop"] = "skip"  # a broken row: count it and go on, or stop
-    max_line_bytes: int = 50_000_000  # a longer line or document is broken; never held whole in memory
-    max_loss: float = 0.9  # stop when more than this share of the rows is dropped
-
-    @property
-    def built_filters(self) -> tuple[Filter, ...]:
-        """The filters as objects, in the order of the file."""
-        return tuple(make_filter(item, "filters") for item in self.filters)
-
-
-@dataclasses.dataclass(frozen=True)
-class Validation:
-    """Documents held out of training, chosen by a hash of their text."""
-
-    ratio: float = 0.02
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class MixtureConfig:
-    """A whole mixture file."""
-
-    metadata: Metadata
-    datasets: tuple[DatasetConfig, ...]
-    validation: Validation = Validation()
-
-
 def load_mixture(path: str | os.PathLike[str]) -> MixtureConfig:
-    """Read and check the mixture file at `path`. Raises MixtureError."""
+    """Read and check the mixture file at `path`; weights that its sampling method computes are filled in.
+
+    Raises MixtureError.
+    """
     try:
         value, lines = load_with_lines(path, ROOT)
     except YamlError as error:
         raise MixtureError(str(error)) from error
     try:
         mixture = from_mapping(MixtureConfig, value, ROOT)
-        _check(mixture)
+        _check(mixture, given=[isinstance(row, dict) and "mix_ratio" in row for row in value["datasets"]])
+        mixture = _resolved(mixture)
     except FieldError as error:
         field = error.field.removeprefix(f"{ROOT}.")
         raise MixtureError(
@@ -106,28 +70,41 @@ def mixture_mapping(mixture: MixtureConfig) -> dict[str, Any]:
     return to_mapping(mixture)
 
 
-def paths_of(dataset: DatasetConfig) -> tuple[str, ...]:
-    """The dataset's sources as a tuple, as written."""
-    return (dataset.source,) if isinstance(dataset.source, str) else dataset.source
+def _resolved(mixture: MixtureConfig) -> MixtureConfig:
+    """The mixture with its common filters in every dataset, and the weights that its method computes."""
+    datasets = [dataclasses.replace(dataset, filters=mixture.filters + dataset.filters)
+                for dataset in mixture.datasets]
+    method = mixture.built_sampling
+    if method.method in BY_SIZE:
+        sizes = [float(dataset.estimated_tokens or 0) * dataset.sampling.rate for dataset in datasets]
+        weights = method.weights(sizes, mixture.metadata.total_tokens)
+        datasets = [dataclasses.replace(dataset, mix_ratio=weight)
+                    for dataset, weight in zip(datasets, weights, strict=True)]
+    mixture = dataclasses.replace(mixture, datasets=tuple(datasets), filters=())
+    _check_epochs(mixture)
+    return mixture
 
 
-def format_of(dataset: DatasetConfig) -> str:
-    """The format, with "auto" resolved from the source's name."""
-    if dataset.format != "auto":
-        return dataset.format
-    first = paths_of(dataset)[0]
-    if first == PYTHON_STDLIB:
-        return "code"
-    if first == PACKAGE_METADATA:
-        return "text"
-    suffixes = [suffix for suffix in Path(first).suffixes if suffix not in (".gz", ".zst")]
-    return _SUFFIX_FORMATS.get(suffixes[-1].lower(), "unknown") if suffixes else "unknown"
+def _check_epochs(mixture: MixtureConfig) -> None:
+    for index, dataset in enumerate(mixture.datasets):
+        epochs, most = epochs_of(dataset, mixture.metadata), dataset.sampling.max_epochs
+        if most is not None and epochs is not None and epochs > most * (1 + RATIO_SLACK):
+            raise FieldError(f"{ROOT}.datasets[{index}].sampling.max_epochs",
+                             f"{most:g}, but mix_ratio {dataset.mix_ratio:.4g} of {mixture.metadata.total_tokens:,} "
+                             f"tokens is {epochs:.2f} epochs of the dataset", "Lower its mix_ratio, or raise this.")
 
 
-def _check(mixture: MixtureConfig) -> None:
+def _check(mixture: MixtureConfig, given: list[bool]) -> None:
+    """`given`: for each dataset, whether the file states its mix_ratio."""
     where = f"{ROOT}.datasets"
     if not mixture.datasets:
         raise FieldError(where, "has no dataset", "Give at least one.")
+    for index, item in enumerate(mixture.filters):
+        make_filter(item, f"{ROOT}.filters[{index}]")
+    for section in SECTIONS:
+        for index, item in enumerate(getattr(mixture, section)):
+            make_step(section, item, f"{ROOT}.{section}[{index}]")
+    _check_metadata(mixture.metadata)
     names: set[str] = set()
     for index, dataset in enumerate(mixture.datasets):
         _check_dataset(dataset, f"{where}[{index}]")
@@ -135,13 +112,43 @@ def _check(mixture: MixtureConfig) -> None:
             raise FieldError(f"{where}[{index}].name", f"{dataset.name!r} is used twice",
                              "Names must differ: they are part of every document's id.")
         names.add(dataset.name)
-    total = math.fsum(dataset.mix_ratio for dataset in mixture.datasets)
-    if abs(total - 1) > 1e-3:
-        raise FieldError(where, f"the mix_ratio of all datasets sum to {total:.6g}, not 1",
-                         "Divide each of them by that sum.")
+    _check_weights(mixture, where, given)
     if not 0 <= mixture.validation.ratio < 1:
         raise FieldError(f"{ROOT}.validation.ratio", f"{mixture.validation.ratio} is not in [0, 1)",
                          "Try 0.02.")
+
+
+def _check_metadata(metadata: Metadata) -> None:
+    for name in ("total_tokens", "steps", "max_seq_length"):
+        value = getattr(metadata, name)
+        if value is not None and value < 1:
+            raise FieldError(f"{ROOT}.metadata.{name}", f"{value} is not above 0", "Give a positive number.")
+
+
+def _check_weights(mixture: MixtureConfig, where: str, given: list[bool]) -> None:
+    method = make_sampling(mixture.sampling, f"{ROOT}.sampling").method
+    if method in BY_SIZE:
+        for index, dataset in enumerate(mixture.datasets):
+            if given[index]:
+                raise FieldError(f"{where}[{index}].mix_ratio", f"is computed by sampling.method {method!r}",
+                                 "Leave it out, or use method: weighted.")
+            if dataset.estimated_tokens is None:
+                raise FieldError(f"{where}[{index}].estimated_tokens", "is missing",
+                                 f"sampling.method {method!r} computes the weights from it.")
+        if method == "unimax" and mixture.metadata.total_tokens is None:
+            raise FieldError(f"{ROOT}.metadata.total_tokens", "is missing",
+                             "UniMax spreads it over the datasets.")
+        return
+    for index, dataset in enumerate(mixture.datasets):
+        if not given[index]:
+            raise FieldError(f"{where}[{index}].mix_ratio", "is missing", "Give it a value of type float.")
+        if not (dataset.mix_ratio > 0 and math.isfinite(dataset.mix_ratio)):
+            raise FieldError(f"{where}[{index}].mix_ratio", f"{dataset.mix_ratio} is not above 0",
+                             "Give a positive number.")
+    total = math.fsum(dataset.mix_ratio for dataset in mixture.datasets)
+    if abs(total - 1) > RATIO_SLACK:
+        raise FieldError(where, f"the mix_ratio of all datasets sum to {total:.6g}, not 1",
+                         "Divide each of them by that sum.")
 
 
 def _check_dataset(dataset: DatasetConfig, where: str) -> None:
@@ -150,12 +157,16 @@ def _check_dataset(dataset: DatasetConfig, where: str) -> None:
                          "Use letters, digits, '.', '_' and '-' only.")
     if not paths_of(dataset):
         raise FieldError(f"{where}.source", "is an empty list", "Give at least one path.")
-    limits = {"max_bytes": dataset.max_bytes or 1, "max_line_bytes": dataset.max_line_bytes,
-              "mix_ratio": dataset.mix_ratio}
-    for name, number in limits.items():
-        if not (number > 0 and math.isfinite(number)) or getattr(dataset, name) == 0:
-            raise FieldError(f"{where}.{name}", f"{getattr(dataset, name)} is not above 0",
-                             "Give a positive number.")
+    for name in ("max_bytes", "max_line_bytes", "estimated_tokens"):
+        number = getattr(dataset, name)
+        if number is not None and number <= 0:
+            raise FieldError(f"{where}.{name}", f"{number} is not above 0", "Give a positive number.")
+    if not 0 < dataset.sampling.rate <= 1:
+        raise FieldError(f"{where}.sampling.rate", f"{dataset.sampling.rate} is not in (0, 1]",
+                         "1.0 takes every document.")
+    if dataset.sampling.max_epochs is not None and not dataset.sampling.max_epochs > 0:
+        raise FieldError(f"{where}.sampling.max_epochs", f"{dataset.sampling.max_epochs} is not above 0",
+                         "Give a positive number, such as 4.")
     if not 0 < dataset.max_loss <= 1:
         raise FieldError(f"{where}.max_loss", f"{dataset.max_loss} is not in (0, 1]",
                          "0.9 stops when more than 90 % of the rows are dropped, 1.0 never stops.")
@@ -163,7 +174,28 @@ def _check_dataset(dataset: DatasetConfig, where: str) -> None:
         raise FieldError(f"{where}.separator", "is empty", "Leave it out for one document a file.")
     for index, item in enumerate(dataset.filters):
         make_filter(item, f"{where}.filters[{index}]")
+    _check_rows(dataset, where)
     _check_source(dataset, where)
+
+
+def _check_rows(dataset: DatasetConfig, where: str) -> None:
+    if dataset.rows == "text":
+        for name in ("layout", "fields"):
+            if getattr(dataset, name) is not None:
+                raise FieldError(f"{where}.{name}", "is for rows of chat, preference or prompt",
+                                 "Leave it out, or set rows.")
+        return
+    layouts = LAYOUTS[dataset.rows]
+    if dataset.layout is None:
+        raise FieldError(f"{where}.layout", "is missing",
+                         f"How are the {dataset.rows} rows written? One of {', '.join(layouts)}.")
+    if dataset.layout not in layouts:
+        raise FieldError(f"{where}.layout", f"{dataset.rows} rows have no layout {dataset.layout!r}",
+                         nearest(dataset.layout, list(layouts)))
+    for name in dataset.fields or {}:
+        if name not in layouts[dataset.layout]:
+            raise FieldError(f"{where}.fields.{name}", f"layout {dataset.layout} has no such field",
+                             nearest(name, list(layouts[dataset.layout])))
 
 
 def _check_source(dataset: DatasetConfig, where: str) -> None:
@@ -175,18 +207,14 @@ def _check_source(dataset: DatasetConfig, where: str) -> None:
     if kind == "unknown":
         raise FieldError(
             f"{where}.source", f"{first!r} is neither {PYTHON_STDLIB} nor {PACKAGE_METADATA}, and its suffix "
-            "tells no format", "Add format: jsonl, text, parquet, code, docstrings or huggingface.")
+            "tells no format", "Add format: jsonl, json, text, parquet, arrow, warc, code, docstrings, "
+            "huggingface or tfds.")
     if dataset.separator is not None and (kind != "text" or allowed):
         raise FieldError(f"{where}.separator", f"is for text files, not for {kind}", "Leave it out.")
-    if kind != "huggingface":
-        for name, default in (("subset", None), ("revision", None), ("splits", ("train",))):
+    if kind not in ("huggingface", "tfds"):
+        for name, default in (("subset", None), ("data_dir", None), ("revision", None), ("splits", ("train",))):
             if getattr(dataset, name) != default:
                 raise FieldError(f"{where}.{name}", f"is for hub datasets, not for {kind}",
                                  "Leave it out, or set format: huggingface.")
         for path in paths_of(dataset):
             expand_variables(path, f"{where}.source")
-
-
-def removes_duplicates(dataset: DatasetConfig) -> bool:
-    """Whether the dataset asks for exact duplicates to be dropped."""
-    return any(isinstance(item, ExactDuplicateFilter) for item in dataset.built_filters)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import MixtureError, format_of, load_mixture, mixture_mapping
+from data_pipeline.config import MixtureError, format_of, layout_of, load_mixture, mixture_mapping
+from data_pipeline.steps import make_sampling
 from nanollama.data.files import sha256_json
 
 MIXTURES = sorted((Path(__file__).parents[1] / "configs" / "mixtures").glob("*.yaml"))
@@ -115,3 +116,119 @@ def test_other_files_that_are_no_mixture(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"metadata: {phase: \xff}\n")
     with pytest.raises(MixtureError, match="UTF-8"):
         load_mixture(tmp_path / "latin.yaml")
+
+
+FULL = """\
+metadata: {phase: test, description: a test, total_tokens: 1000, steps: 10, max_seq_length: 64}
+filters:
+  - {type: length, min_characters: 5}
+datasets:
+  - name: one
+    source: a.jsonl
+    estimated_tokens: 800
+    sampling: {rate: 0.5, max_epochs: 2}
+  - name: two
+    source: b.json
+    format: json
+    rows: chat
+    layout: instruction
+    fields: {output: response}
+    estimated_tokens: 200
+    filters:
+      - {type: exact_duplicate}
+deduplication:
+  - {type: exact}
+  - {type: minhash, threshold: 0.7}
+decontamination:
+  - {type: decontaminate, sets: [gsm8k]}
+selection:
+  - {type: dsir, target: [two], rate: 0.95}
+  - {type: attributes, attribute: quality, rates: {high: 1.0, low: 0.1}}
+sampling: {method: alpha, alpha: 1.3}
+validation: {ratio: 0.01, seed: 3}
+"""
+
+
+def test_every_section(tmp_path: Path) -> None:
+    mixture = load_mixture(write(tmp_path, FULL))
+    assert [item["type"] for item in mixture.datasets[1].filters] == ["length", "exact_duplicate"]
+    assert mixture.filters == ()  # they are the datasets' now
+    assert [step.type for step in mixture.steps("deduplication")] == ["exact", "minhash"]
+    assert mixture.steps("deduplication")[1].threshold == 0.7
+    assert mixture.steps("decontamination")[0].sets == ("gsm8k",)
+    assert mixture.steps("selection")[1].rates == {"high": 1.0, "low": 0.1}
+    # sizes after sampling.rate are 400 and 200
+    want = 400**1.3 / (400**1.3 + 200**1.3)
+    assert [dataset.mix_ratio for dataset in mixture.datasets] == pytest.approx([want, 1 - want])
+    assert layout_of(mixture.datasets[1])["output"] == "response"
+    again = load_mixture(write(tmp_path, FULL.replace("1.3}", "0.5}")))
+    assert sha256_json(mixture_mapping(mixture)) != sha256_json(mixture_mapping(again))
+
+
+FULL_MISTAKES = [
+    ("{type: minhash, threshold: 0.7}", "{type: minhahs}", 20,
+     ["deduplication[1].type", "'minhahs'", "'minhash'"]),
+    ("threshold: 0.7", "treshold: 0.7", 20, ["deduplication[1].treshold", "'threshold'"]),
+    ("threshold: 0.7", "threshold: 1.7", 20, ["deduplication[1].threshold", "(0, 1]"]),
+    ("{type: exact}", "exact", 19, ["deduplication[0]", "not a mapping"]),
+    ("{type: decontaminate, sets: [gsm8k]}", "{sets: [gsm8k]}", 22, ["decontamination[0]", "no `type`"]),
+    ("rate: 0.95", "rate: 0", 24, ["selection[0].rate", "(0, 1]"]),
+    ("low: 0.1", "low: 1.1", 25, ["selection[1].rates"]),
+    ("method: alpha, alpha: 1.3", "method: alhpa", 26, ["sampling.method", "'alhpa'", "'alpha'"]),
+    ("method: alpha, alpha: 1.3", "method: unimax, alpha: 1.3", 26, ["sampling.alpha", "no such field"]),
+    ("alpha: 1.3", "alpha: -1.0", 26, ["sampling.alpha", "above 0"]),
+    ("method: alpha, alpha: 1.3", "method: temporal, reference: soon", 26, ["sampling.reference", "date"]),
+    ("method: alpha, alpha: 1.3", "method: weighted", 5, ["datasets[0].mix_ratio", "missing"]),
+    ("    estimated_tokens: 800\n", "", 5, ["datasets[0].estimated_tokens", "'alpha'"]),
+    ("estimated_tokens: 800", "estimated_tokens: 800\n    mix_ratio: 0.5", 8,
+     ["datasets[0].mix_ratio", "computed by", "Leave it out"]),
+    ("estimated_tokens: 800", "estimated_tokens: -1", 7, ["datasets[0].estimated_tokens", "not above 0"]),
+    ("total_tokens: 1000", "total_tokens: 0", 1, ["metadata.total_tokens", "not above 0"]),
+    ("rate: 0.5", "rate: 1.5", 8, ["datasets[0].sampling.rate", "(0, 1]"]),
+    ("max_epochs: 2", "max_epoch: 2", 8, ["datasets[0].sampling.max_epoch", "'max_epochs'"]),
+    ("layout: instruction", "layout: instructions", 13, ["datasets[1].layout", "'instruction'"]),
+    ("    layout: instruction\n", "", 9, ["datasets[1].layout", "is missing", "sharegpt"]),
+    ("fields: {output: response}", "fields: {outptu: response}", 14,
+     ["datasets[1].fields.outptu", "'output'"]),
+    ("    rows: chat\n", "", 12, ["datasets[1].layout", "chat, preference or prompt"]),
+    ("min_characters: 5", "min_character: 5", 3, ["filters[0].min_character", "'min_characters'"]),
+    ("selection:", "selecton:", 23, ["selecton", "'selection'"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "line", "words"), FULL_MISTAKES,
+                         ids=[case[1][:30] for case in FULL_MISTAKES])
+def test_a_mistake_in_a_section_is_told_with_its_line(tmp_path: Path, old: str, new: str, line: int,
+                                                      words: list[str]) -> None:
+    assert old in FULL
+    path = write(tmp_path, FULL.replace(old, new, 1))
+    with pytest.raises(MixtureError) as caught:
+        load_mixture(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:{line}: "), message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("sampling", "sizes", "budget", "want"),
+    [
+        ({"method": "proportional"}, [300, 100], None, [0.75, 0.25]),
+        ({"method": "alpha", "alpha": 1.0}, [300, 100], None, [0.75, 0.25]),
+        ({"method": "alpha", "alpha": 2.0}, [300, 100], None, [0.9, 0.1]),
+        ({"method": "temperature", "temperature": 1.0}, [300, 100], None, [0.75, 0.25]),
+        ({"method": "temperature", "temperature": 2.0}, [400, 100], None, [2 / 3, 1 / 3]),
+        ({"method": "unimax", "max_epochs": 4.0}, [1e12, 2e11, 1e9, 1e8], 1e11,
+         [0.4778, 0.4778, 0.04, 0.004]),  # the smallest two are capped at four epochs
+        ({"method": "unimax", "max_epochs": 4.0}, [1e8, 1e12, 1e9, 2e11], 1e11, [0.004, 0.4778, 0.04, 0.4778]),
+        ({"method": "unimax", "max_epochs": 1.0}, [30, 10], 1e6, [0.75, 0.25]),  # all are capped
+    ])
+def test_weights_by_size(sampling: dict, sizes: list[float], budget: float | None, want: list[float]) -> None:
+    weights = make_sampling(sampling, "sampling").weights(sizes, budget)
+    assert weights == pytest.approx(want, rel=2e-3)
+    assert sum(weights) == pytest.approx(1)
+
+
+def test_very_large_sizes_do_not_overflow() -> None:
+    weights = make_sampling({"method": "alpha", "alpha": 40.0}, "sampling").weights([1e13, 1e12], None)
+    assert weights == pytest.approx([1, 0])

@@ -6,6 +6,7 @@ from data_pipeline.sources.files import FileSource, find_files
 from data_pipeline.sources.hub import HubSource
 from data_pipeline.sources.packages import PackageSource
 from data_pipeline.sources.python_code import stdlib_files
+from nanollama.data.files import DataError
 
 __all__ = ["Input", "Source", "open_source"]
 
@@ -19,4 +20,7 @@ def open_source(dataset: DatasetConfig) -> Source:
         return PackageSource()
     if format_of(dataset) == "huggingface":
         return HubSource(dataset)
+    if format_of(dataset) in ("arrow", "warc", "tfds"):
+        raise DataError(f"dataset {dataset.name}: format {format_of(dataset)} is not read yet. "
+                        "Convert it to JSON lines or Parquet.")
     return FileSource(dataset, find_files(dataset))

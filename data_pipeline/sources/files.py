@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data_pipeline.config import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, format_of, paths_of
-from data_pipeline.documents import Bad, Document, Place, make_document, scalar_meta, text_digest
+from data_pipeline.config import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, format_of, layout_of, paths_of
+from data_pipeline.conversations import needed_names, read_conversation, text_of
+from data_pipeline.documents import Bad, BadText, Document, Place, make_document, scalar_meta, text_digest
 from data_pipeline.sources.base import Input
 from data_pipeline.sources.python_code import decode_source, docstrings
 from data_pipeline.sources.streams import BrokenStream, TooLong, read_blocks, read_whole, split_rows
@@ -40,8 +41,8 @@ class FileSource:
         """The rows of all files."""
         kind = format_of(self.dataset)
         readers = {
-            "jsonl": self._json_lines, "text": self._text, "parquet": self._parquet, "code": self._code,
-            "docstrings": self._code
+            "jsonl": self._json_lines, "json": self._json_list, "text": self._text,
+            "parquet": self._parquet, "code": self._code, "docstrings": self._code
         }
         self.bytes_read = 0
         for name, path in self.files:
@@ -59,6 +60,26 @@ class FileSource:
             elif isinstance(raw, bytes) and raw.strip():  # an empty line is no row
                 yield self._json_row(raw, name, number, place)
 
+    def _json_list(self, name: str, path: Path) -> Iterator[Document | Bad]:
+        """A file that is one JSON list of objects; held whole, so max_line_bytes is its limit."""
+        place = Place(name, "", str(path))
+        raw = read_whole(path, self.dataset.max_line_bytes, self._report)
+        if (bad := self._unreadable(raw, place, "file")) is not None:
+            yield bad
+            return
+        try:
+            rows = json.loads(raw)  # type: ignore[arg-type]
+        except (ValueError, RecursionError) as error:
+            yield Bad(place, "broken JSON", f"{error}"[:200])
+            return
+        if not isinstance(rows, list):
+            yield Bad(place, "not a JSON list", f"{type(rows).__name__}; for one object a line use format: jsonl")
+            return
+        for number, row in enumerate(rows, start=1):
+            place = Place(name, f"[{number}]", str(path))
+            yield (self.row_document(row, f"{name}:{number}", place) if isinstance(row, dict) else
+                   Bad(place, "not a JSON object", f"{type(row).__name__}"))
+
     def _json_row(self, raw: bytes, name: str, number: int, place: Place) -> Document | Bad:
         try:
             row = json.loads(raw.decode("utf-8"))
@@ -74,7 +95,7 @@ class FileSource:
     def row_document(self, row: dict[str, Any], default_id: str, place: Place) -> Document | Bad:
         """The document in a row of named fields (also used for Parquet)."""
         dataset = self.dataset
-        if dataset.text_field not in row:
+        if dataset.rows == "text" and dataset.text_field not in row:
             return Bad(place, f"no field {dataset.text_field!r}", "fields: " + ", ".join(map(str, row))[:200])
         identity = default_id
         if dataset.id_field is not None:
@@ -84,9 +105,22 @@ class FileSource:
             identity = str(value)
             if any("\ud800" <= letter <= "\udfff" for letter in identity):
                 return Bad(place, f"no usable id in {dataset.id_field!r}", repr(value)[:100])
-        leave_out = {dataset.text_field, *([dataset.id_field] if dataset.id_field else [])}
+        leave_out = {*self._content_fields(), *([dataset.id_field] if dataset.id_field else [])}
         meta = scalar_meta(row, dataset.meta_fields, leave_out)
-        return make_document(identity, row[dataset.text_field], meta, place)
+        if dataset.rows == "text":
+            return make_document(identity, row[dataset.text_field], meta, place)
+        assert dataset.layout is not None
+        try:
+            read = read_conversation(row, dataset.rows, dataset.layout, layout_of(dataset))
+        except BadText as error:
+            return Bad(place, str(error))
+        return make_document(identity, text_of(read), {**meta, "turns": sum(map(len, read.sides))}, place)
+
+    def _content_fields(self) -> tuple[str, ...]:
+        """The fields whose values are the text."""
+        if self.dataset.rows == "text":
+            return (self.dataset.text_field,)
+        return tuple(layout_of(self.dataset).values())
 
     def _text(self, name: str, path: Path) -> Iterator[Document | Bad]:
         limit = self.dataset.max_line_bytes
@@ -171,16 +205,22 @@ class FileSource:
     def _columns(self, schema: pyarrow.Schema, path: Path) -> list[str]:
         """The columns to read: text, id, and the wanted (or every unnested) fields beside them."""
         dataset = self.dataset
-        needed = [name for name in (dataset.text_field, dataset.id_field) if name is not None]
+        needed = [dataset.text_field] if dataset.rows == "text" else self._conversation_columns(schema)
+        needed += [dataset.id_field] if dataset.id_field is not None else []
         for field in needed:
             if field not in schema.names:
                 raise DataError(f"dataset {dataset.name}: {path} has no column {field!r}. "
-                                f"{nearest(field, schema.names)} Set text_field or id_field.")
+                                f"{nearest(field, schema.names)} Set text_field, fields or id_field.")
         plain = [field.name for field in schema if not pyarrow.types.is_nested(field.type)]
         wanted = plain if dataset.meta_fields is None else [
             name for name in dataset.meta_fields if name in schema.names
         ]
         return list(dict.fromkeys([*needed, *wanted]))
+
+    def _conversation_columns(self, schema: pyarrow.Schema) -> list[str]:
+        names = layout_of(self.dataset)
+        needed = needed_names(self.dataset.rows, self.dataset.layout or "")
+        return [name for field, name in names.items() if field in needed or name in schema.names]
 
 
 def find_files(dataset: DatasetConfig) -> list[tuple[str, Path]]:

@@ -26,6 +26,7 @@ class HubSource:
                 "library, which is not installed. Install it with: pip install 'nanollama[data]'") from error
         self._library: Any = datasets
         self._rows = FileSource(dataset, [])
+        self._folder = {"data_dir": dataset.data_dir} if dataset.data_dir is not None else {}
         self.total_bytes = 0
         self.bytes_read = 0
 
@@ -36,9 +37,10 @@ class HubSource:
             for split in self.dataset.splits:
                 asked = {
                     "path": path, "subset": self.dataset.subset, "split": split,
-                    "revision": self.dataset.revision
+                    "revision": self.dataset.revision, **self._folder
                 }
-                revision, subset = self.dataset.revision or "main", self.dataset.subset or "default"
+                revision = self.dataset.revision or "main"
+                subset = self.dataset.subset or self.dataset.data_dir or "default"
                 name = f"hf://{path}@{revision}/{subset}/{split}"
                 rows.append(Input(name, 0, sha256_json(asked)))
         return rows
@@ -58,7 +60,7 @@ class HubSource:
     def _stream(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         try:
             yield from self._library.load_dataset(path, name=self.dataset.subset, split=split, streaming=True,
-                                             revision=self.dataset.revision)
+                                             revision=self.dataset.revision, **self._folder)
         except DataError:
             raise
         except Exception as error:  # the library raises its own, requests', httpx' and fsspec's errors

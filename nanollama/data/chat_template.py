@@ -5,6 +5,7 @@ Knows nothing of tokenizers: special tokens are written out, `Tokenizer.encode_m
 """
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,14 +44,8 @@ def render(
     add_generation_prompt: end with the opening of the assistant's turn. Errors: DataError with what the template
     itself complains of (roles that do not alternate, ...), or where it is not a valid program.
     """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _complain
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
-        return environment.from_string(template).render(
+        return _compiled(template).render(
             messages=[dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
             bos_token=bos_token,
@@ -59,6 +54,17 @@ def render(
         )
     except jinja2.TemplateError as error:
         raise DataError(f"chat template: {error}. Change the conversation, or the template.") from error
+
+
+@functools.lru_cache(maxsize=16)  # a template is compiled once, not once per conversation
+def _compiled(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _complain
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
