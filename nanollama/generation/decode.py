@@ -125,11 +125,12 @@ def grow(state: State, length: int) -> State:
 def ready(params: Params, dtype: jnp.dtype) -> Params:
     """Parameters in the form that decodes fastest: layers unstacked, matrices cast to the compute dtype.
 
-    The forward pass would cast them at every use; norm scales stay float32, as they do there.
+    The forward pass would cast them at every use; norm scales and routers stay float32, as they do there.
     """
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(dtype)
+        name = jax.tree_util.keystr(path)
+        return leaf if "norm" in name or "router" in name else leaf.astype(dtype)
 
     return unstack(jax.tree_util.tree_map_with_path(cast, params))
 

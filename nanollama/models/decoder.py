@@ -5,7 +5,8 @@ Letters in tensor names, here and everywhere:
     H query heads   G KV heads           K head dim         F ffn size       L layers
     N = B * T tokens, flattened          C = K / 2 rotary pairs
 
-Parameters of all layers are stacked along a leading L axis, always; `scan_unroll` only changes speed.
+Parameters of all layers are stacked along a leading L axis, always; `scan_unroll` only changes speed. Where a mixture
+of experts begins after some dense layers, those are a stack of their own.
 The same code trains, evaluates and samples: with a cache, queries continue the keys already written.
 """
 
@@ -16,19 +17,24 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import ComputeConfig, ModelConfig
-from nanollama.models.attention import Context, grouped_query_attention
-from nanollama.models.feed_forward import gated_feed_forward
+from nanollama.models.attention import Context, cache_heads, grouped_query_attention, latent_attention
+from nanollama.models.feed_forward import ROUTERS, gated_feed_forward, mixture_of_experts
 from nanollama.models.linear import norm_scale, normal, parameter
 from nanollama.ops.attention import MaskSpec
+from nanollama.ops.moe import RouterSums
 from nanollama.ops.norms import rms_norm
 from nanollama.ops.rope import rope_tables
 from nanollama.parallel.mesh import constrain
 
 Params = dict[str, Any]
+LAYERS, DENSE_LAYERS = "layers", "dense_layers"  # names of the stacks' parameters
 
 
 class Cache(NamedTuple):
-    """Keys and values written so far, and where the next go. L is an axis, or a tuple's (see `unstack`)."""
+    """Keys and values written so far, and where the next go. L is an axis, or a tuple's (see `unstack`).
+
+    With latent attention the latents and the shared rotated keys, G = 1 head each (`models.attention.cache_heads`).
+    """
 
     k_LBSGK: Any
     v_LBSGK: Any
@@ -40,6 +46,7 @@ class Block(nn.Module):
 
     model: ModelConfig
     compute: ComputeConfig
+    experts: bool = False  # a mixture of experts in place of the feed-forward
 
     @nn.compact
     def __call__(
@@ -53,18 +60,26 @@ class Block(nn.Module):
         x_ND = x_BTD.reshape(B * T, D)
         with jax.named_scope("attention"):
             h_ND = rms_norm(x_ND, norm_scale(self, "attention_norm", D), m.norm_eps)
-            a_ND, cache_BSGK = grouped_query_attention(
+            attention = grouped_query_attention if m.latent is None else latent_attention
+            a_ND, cache_BSGK = attention(
                 self, m, h_ND, cache_BSGK, window, context, backend=self.compute.attention
             )
             x_ND = x_ND + a_ND
         with jax.named_scope("mlp"):
             h_ND = rms_norm(x_ND, norm_scale(self, "mlp_norm", D), m.norm_eps)
-            x_ND = x_ND + gated_feed_forward(self, m, h_ND)
+            if self.experts and m.moe is not None:
+                x_ND = x_ND + mixture_of_experts(self, m, m.moe, h_ND, context.real_BT, self.compute)
+            else:
+                x_ND = x_ND + gated_feed_forward(self, m, h_ND)
         return constrain(x_ND.reshape(B, T, D), "batch", None, "activation_embed"), cache_BSGK
 
 
 class Decoder(nn.Module):
-    """Tokens to final hidden states; multiply by `head(params)` for logits."""
+    """Tokens to final hidden states; multiply by `head(params)` for logits.
+
+    A mixture of experts leaves [L, ...] `ops.moe.RouterSums` of its layers in the collection `feed_forward.ROUTERS`
+    where the caller makes that mutable: see `router_sums`.
+    """
 
     model: ModelConfig
     compute: ComputeConfig
@@ -76,10 +91,12 @@ class Decoder(nn.Module):
         positions_BT: jax.Array,
         first_key_BT: jax.Array,
         cache: Cache | None = None,
+        real_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """hidden_BTD after the final norm in the compute dtype, and the cache with this call's keys written.
 
-        first_key_BT: key index of the first key each query may see (`ops.attention.MaskSpec`).
+        first_key_BT: key index of the first key each query may see (`ops.attention.MaskSpec`). real_BT: bool, tokens
+        that count in the routers' sums; None: all.
         """
         m, dtype = self.model, jnp.dtype(self.compute.dtype)
         V, D = m.vocab_size, m.hidden_size
@@ -89,36 +106,65 @@ class Decoder(nn.Module):
         # Whole rows before the lookup: a gather from rows cut over fsdp makes XLA replicate its result and gradient.
         rows_VD = constrain(embedding_VD, "vocab", "activation_embed")
         x_BTD = constrain(rows_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
-        cos_BTC, sin_BTC = rope_tables(positions_BT, m.head_dim, m.rope_theta, m.rope_scaling)
-        context = Context(
-            cos_BTC, sin_BTC, MaskSpec(first_key_BT, None if cache is None else cache.write_index)
-        )
-        if isinstance(self.get_variable("params", "layers"), tuple):
+        rotated = m.head_dim if m.latent is None else m.latent.qk_rope_head_dim
+        cos_BTC, sin_BTC = rope_tables(positions_BT, rotated, m.rope_theta, m.rope_scaling)
+        mask = MaskSpec(first_key_BT, None if cache is None else cache.write_index)
+        real_BT = jnp.ones(tokens_BT.shape, bool) if real_BT is None else real_BT
+        context = Context(cos_BTC, sin_BTC, mask, real_BT)
+        if isinstance(self.get_variable("params", LAYERS), tuple):
             x_BTD, cache = self._apart(x_BTD, cache, context)
         else:
-            layers = _stack(m, self.compute)(model=m, compute=self.compute, name="layers")
-            keys_values = None if cache is None else (cache.k_LBSGK, cache.v_LBSGK)
-            x_BTD, keys_values = layers(x_BTD, keys_values, _windows(m), context)
+            written: list[Any] = []
+            for stack in stacks(m):
+                layers = _scanned(m, self.compute, stack)
+                x_BTD, new = layers(x_BTD, _part(cache, stack), _windows(m, stack), context)
+                written.append(new)
             if cache is not None:
-                cache = Cache(keys_values[0], keys_values[1], cache.write_index + tokens_BT.shape[1])
+                keys, values = jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
+                cache = Cache(keys, values, cache.write_index + tokens_BT.shape[1])
         return rms_norm(x_BTD, norm_scale(self, "final_norm", D), m.norm_eps), cache
 
     def _apart(
         self, x_BTD: jax.Array, cache: Cache | None, context: Context
     ) -> tuple[jax.Array, Cache | None]:
         """The layers one by one, with the parameters and the cache that `unstack` gives."""
-        block, keys, values = Block(self.model, self.compute, parent=None), [], []
-        windows = _windows(self.model)
-        for number, params in enumerate(self.get_variable("params", "layers")):
-            old = None if cache is None else (cache.k_LBSGK[number], cache.v_LBSGK[number])
-            window = None if windows is None else windows[number]
-            x_BTD, new = block.apply({"params": params}, x_BTD, old, window, context)
-            if new is not None:
-                keys.append(new[0])
-                values.append(new[1])
+        keys, values = [], []
+        for stack in stacks(self.model):
+            block = Block(self.model, self.compute, stack.experts, parent=None)
+            windows = _windows(self.model, stack)
+            for number, params in enumerate(self.get_variable("params", stack.name)):
+                layer = stack.low + number
+                old = None if cache is None else (cache.k_LBSGK[layer], cache.v_LBSGK[layer])
+                window = None if windows is None else windows[number]
+                x_BTD, new = block.apply({"params": params}, x_BTD, old, window, context)
+                if new is not None:
+                    keys.append(new[0])
+                    values.append(new[1])
         if cache is not None:
             cache = Cache(tuple(keys), tuple(values), cache.write_index + x_BTD.shape[1])
         return x_BTD, cache
+
+
+class Stack(NamedTuple):
+    """Layers low to high - 1 of the model, alike, and the name of their parameters."""
+
+    name: str
+    low: int
+    high: int
+    experts: bool
+
+
+def stacks(model: ModelConfig) -> list[Stack]:
+    """The layers in order: all alike, or dense ones before those with experts."""
+    dense = model.moe.first_dense_layers if model.moe else 0
+    first = [Stack(DENSE_LAYERS, 0, dense, False)] if dense else []
+    return [*first, Stack(LAYERS, dense, model.num_layers, model.moe is not None)]
+
+
+def router_sums(state: Any) -> RouterSums:
+    """Of the layers with experts, [L, ...]; state: what `apply(..., mutable=[ROUTERS])` returns beside the output."""
+    sums: RouterSums = state[ROUTERS][LAYERS]["sums"]
+    return sums
 
 
 def unstack(tree: Any) -> Any:
@@ -134,7 +180,7 @@ def unstack(tree: Any) -> Any:
 
     if isinstance(tree, Cache):
         return Cache(split(tree.k_LBSGK), split(tree.v_LBSGK), tree.write_index)
-    return {**tree, "layers": split(tree["layers"])}
+    return {name: split(part) if name in (LAYERS, DENSE_LAYERS) else part for name, part in tree.items()}
 
 
 def head(params: Params) -> jax.Array:
@@ -144,8 +190,8 @@ def head(params: Params) -> jax.Array:
 
 def init_cache(model: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
     """Empty cache for `length` positions of `batch` rows."""
-    shape = (model.num_layers, batch, length, model.num_kv_heads, model.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    keys, values = (jnp.zeros((model.num_layers, batch, length, *heads), dtype) for heads in cache_heads(model))
+    return Cache(keys, values, jnp.zeros((), jnp.int32))
 
 
 def init_params(decoder: Decoder, seed: int) -> Any:
@@ -154,27 +200,35 @@ def init_params(decoder: Decoder, seed: int) -> Any:
     return decoder.init(jax.random.key(seed), tokens, tokens, tokens)["params"]
 
 
-def _windows(model: ModelConfig) -> jax.Array | None:
-    """Keys that a query of each layer sees, [L]; None where all layers see everything."""
+def _part(cache: Cache | None, stack: Stack) -> tuple[jax.Array, jax.Array] | None:
+    """The keys and values of a stack's layers."""
+    if cache is None:
+        return None
+    return cache.k_LBSGK[stack.low : stack.high], cache.v_LBSGK[stack.low : stack.high]
+
+
+def _windows(model: ModelConfig, stack: Stack) -> jax.Array | None:
+    """Keys that a query of each layer of a stack sees, [L]; None where all layers see everything."""
     if not model.sliding_window:
         return None
-    full = jnp.arange(model.num_layers) < model.full_attention_layers
+    full = jnp.arange(stack.low, stack.high) < model.full_attention_layers
     return jnp.where(full, jnp.iinfo(jnp.int32).max, model.sliding_window)
 
 
-def _stack(model: ModelConfig, compute: ComputeConfig) -> Any:
-    """`Block`, rematerialised as asked, scanned over L layers with stacked parameters."""
+def _scanned(model: ModelConfig, compute: ComputeConfig, stack: Stack) -> Any:
+    """`Block`, rematerialised as asked, scanned over the layers of a stack with stacked parameters."""
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     block: Any = Block
     if compute.remat != "none":
         block = nn.remat(Block, prevent_cse=False, policy=policies[compute.remat])
-    unroll = compute.scan_unroll or model.num_layers
-    return nn.scan(
+    length = stack.high - stack.low
+    scanned = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, ROUTERS: 0},
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast),
-        length=model.num_layers,
-        unroll=min(unroll, model.num_layers),
+        length=length,
+        unroll=min(compute.scan_unroll or length, length),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+    return scanned(model=model, compute=compute, experts=stack.experts, name=stack.name)

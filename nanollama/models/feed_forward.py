@@ -1,17 +1,77 @@
-"""The feed-forward layers. Letters as in `models.decoder`. Knows nothing of the residual stream."""
+"""The feed-forward layers: dense, and mixtures of experts. Letters as in `models.decoder` and `ops.moe`.
+
+Knows nothing of the residual stream.
+"""
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from nanollama.config import ModelConfig
-from nanollama.models.linear import linear
+from nanollama.config import ComputeConfig, ModelConfig, MoeConfig
+from nanollama.models.linear import linear, normal, parameter
+from nanollama.ops import moe as ops
 from nanollama.ops.mlp import swiglu
 
+ROUTERS = "routers"  # the Linen collection in which layers leave their `RouterSums`
 
-def gated_feed_forward(module: nn.Module, m: ModelConfig, h_ND: jax.Array) -> jax.Array:
-    """SwiGLU (arXiv:2002.05202): (silu(h gate) * (h up)) down, [N, D]."""
-    D, F = m.hidden_size, m.intermediate_size
-    gate_NF = linear(module, "gate", h_ND, ("embed", "ffn"), (D, F), std=m.init_std)
-    up_NF = linear(module, "up", h_ND, ("embed", "ffn"), (D, F), std=m.init_std)
-    residual_std = m.init_std * (2 * m.num_layers) ** -0.5
-    return linear(module, "down", swiglu(gate_NF, up_NF), ("ffn", "embed"), (F, D), std=residual_std)
+
+def gated_feed_forward(
+    module: nn.Module, m: ModelConfig, h_ND: jax.Array, *, width: int = 0, prefix: str = ""
+) -> jax.Array:
+    """SwiGLU (arXiv:2002.05202): (silu(h gate) * (h up)) down, [N, D]. width: 0 = the model's intermediate_size."""
+    D, F = m.hidden_size, width or m.intermediate_size
+    gate_NF = linear(module, f"{prefix}gate", h_ND, ("embed", "ffn"), (D, F), std=m.init_std)
+    up_NF = linear(module, f"{prefix}up", h_ND, ("embed", "ffn"), (D, F), std=m.init_std)
+    return linear(module, f"{prefix}down", swiglu(gate_NF, up_NF), ("ffn", "embed"), (F, D), std=_residual_std(m))
+
+
+def mixture_of_experts(
+    module: nn.Module, m: ModelConfig, moe: MoeConfig, h_ND: jax.Array, real_BT: jax.Array, compute: ComputeConfig
+) -> jax.Array:
+    """The chosen experts' outputs, weighted, plus the shared expert's, [N, D].
+
+    real_BT: bool, the tokens that count in the router's sums, which are left in the collection ROUTERS.
+    """
+    D, E, F = m.hidden_size, moe.num_experts, moe.expert_size
+    router_DE = parameter(module, "router", ("embed", "router"), (D, E), normal(m.init_std))
+    bias_E = None
+    if moe.selection_bias:
+        bias_E = parameter(module, "router_bias", ("router",), (E,), nn.initializers.zeros)
+    logits_NE = jnp.dot(h_ND.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
+    routing = ops.route(logits_NE, moe, bias_E)
+
+    def stacked(name: str, axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> jax.Array:
+        return parameter(module, name, ("expert", *axes), (E, *shape), normal(std)).astype(h_ND.dtype)
+
+    experts = ops.Experts(
+        stacked("expert_gate", ("embed", "ffn"), (D, F), m.init_std),
+        stacked("expert_up", ("embed", "ffn"), (D, F), m.init_std),
+        stacked("expert_down", ("ffn", "embed"), (F, D), _residual_std(m)),
+    )
+    dropped_NJ = None
+    if compute.moe == "capacity":
+        y_ND, dropped_NJ = ops.capacity(
+            h_ND, routing, experts, factor=compute.moe_capacity, real_N=real_BT.reshape(-1)
+        )
+    elif compute.moe == "dense":
+        y_ND = ops.dense(h_ND, routing, experts)
+    else:
+        y_ND = ops.dropless(h_ND, routing, experts)
+    sums = ops.router_sums(routing, real_BT, dropped_NJ)
+    module.sow(ROUTERS, "sums", sums, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    if moe.shared_size:
+        y_ND = y_ND + _shared_expert(module, m, moe, h_ND)
+    return y_ND
+
+
+def _shared_expert(module: nn.Module, m: ModelConfig, moe: MoeConfig, h_ND: jax.Array) -> jax.Array:
+    """What every token takes beside its own experts (arXiv:2401.06066); gated in Qwen2-MoE."""
+    y_ND = gated_feed_forward(module, m, h_ND, width=moe.shared_size, prefix="shared_")
+    if not moe.shared_gate:
+        return y_ND
+    gate_D1 = parameter(module, "shared_router", ("embed", "router"), (m.hidden_size, 1), normal(m.init_std))
+    return jax.nn.sigmoid(h_ND @ gate_D1.astype(h_ND.dtype)) * y_ND
+
+
+def _residual_std(m: ModelConfig) -> float:
+    return m.init_std * (2 * m.num_layers) ** -0.5

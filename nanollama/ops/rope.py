@@ -29,11 +29,22 @@ def rope_tables(
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
-def apply_rope(x_BTHK: jax.Array, cos_BTC: jax.Array, sin_BTC: jax.Array) -> jax.Array:
-    """Rotate each pair of every head by its position's angle; C = K/2. Dtype of x is kept."""
-    left, right = jnp.split(x_BTHK, 2, axis=-1)
+def apply_rope(x_BTHK: jax.Array, cos_BTC: jax.Array, sin_BTC: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Rotate each pair of every head by its position's angle; C = K/2. Dtype of x is kept.
+
+    interleaved: pair i comes in as dims (2i, 2i + 1). It goes out as (i, i + K/2) all the same: queries and keys that
+    are both rotated so have the same products.
+    """
+    left, right = (x_BTHK[..., 0::2], x_BTHK[..., 1::2]) if interleaved else jnp.split(x_BTHK, 2, axis=-1)
     cos, sin = cos_BTC[:, :, None], sin_BTC[:, :, None]
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def score_scale(scaling: RopeScaling | None) -> float:
+    """What latent attention's scores are multiplied by beside K ** -0.5 (DeepSeek V2, appendix on YaRN)."""
+    if scaling is None or not scaling.mscale_all_dim:
+        return 1.0
+    return (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1.0) ** 2
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray, float]:

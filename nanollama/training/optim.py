@@ -6,8 +6,12 @@ dimensions: parameters are stacked, so a norm's scale is [L, D] and a query proj
     axes hold            weight decay   with config.optimizer.name = "muon"
     "norm"               no             Adam
     "vocab"              yes            Adam (embedding and head: rows are looked up, not multiplied as a matrix)
-    "embed", no "vocab"  yes            Muon: "embed" is one side of each layer's matrix, what remains is the other
+    "router"             yes            Adam (the router, and the gate of a shared expert: one row per expert)
+    "embed", else        yes            Muon: "embed" is one side of each layer's matrix, what remains is the other;
+    "latent", no "embed" yes            Muon of latent attention's matrices out of a latent: that is the one side
     others (biases)      no             Adam
+
+Each expert's matrix is one of its own for Muon, as each layer's is.
 
 Knows nothing of meshes and of the loop.
 """
@@ -27,7 +31,7 @@ Axes = tuple[str, ...]
 
 # RMS of a Muon update, so that it matches AdamW's and one learning rate serves both: arXiv:2502.16982, section 2.2.
 MUON_UPDATE_RMS = 0.2
-_BATCH_AXES = ("layers",)  # one matrix each
+_BATCH_AXES = ("layers", "expert")  # one matrix each
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -38,7 +42,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 def build_optimizer(config: OptimizerConfig, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
     """As `make_optimizer`, for parameters with the logical axes of the tree `axes` (leaves: tuples of names)."""
-    is_decayed = _map_axes(lambda names: "embed" in names, axes)  # matrices; neither norms nor biases
+    is_decayed = _map_axes(lambda names: bool({"embed", "latent"} & set(names)), axes)  # neither norms nor biases
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _muon(config, axes) if config.name == "muon" else _adam(config),
@@ -72,14 +76,14 @@ def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
 
 def is_matrix(names: Axes) -> bool:
     """Whether Muon treats a parameter with these logical axes."""
-    return "embed" in names and not {"vocab", "norm"} & set(names)
+    return bool({"embed", "latent"} & set(names)) and not {"vocab", "norm", "router"} & set(names)
 
 
 def matrix_sides(names: Axes) -> MuonDimensionNumbers:
     """Which axes of a stacked, unflattened weight make up the two sides of one layer's matrix."""
     sides = [i for i, name in enumerate(names) if name not in _BATCH_AXES]
-    embed = names.index("embed")
-    return MuonDimensionNumbers(reduction_axis=(embed,), output_axis=tuple(i for i in sides if i != embed))
+    one = names.index("embed" if "embed" in names else "latent")
+    return MuonDimensionNumbers(reduction_axis=(one,), output_axis=tuple(i for i in sides if i != one))
 
 
 def _match_rms(update: jax.Array, sides: MuonDimensionNumbers) -> jax.Array:

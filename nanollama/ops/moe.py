@@ -1,0 +1,207 @@
+"""Mixture of experts: who is chosen, how the chosen ones are computed, and how even their loads are.
+
+Pure; knows neither parameters nor meshes. Letters as in `models.decoder`, and
+    E experts    J experts per token    F width of one    C slots of an expert    M = N * J assignments
+
+The router is float32 throughout: a rounded score chooses another expert. There are three ways to compute the same sum
+over a token's experts: `dropless` (tokens sorted by expert, one ragged product), `capacity` (an equal number of slots
+per expert, so that products are dense; the same sum unless a token finds no slot, which is counted) and `dense`, the
+slow twin (every expert on every token).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nanollama.config import MoeConfig
+from nanollama.ops.mlp import swiglu
+
+
+class Routing(NamedTuple):
+    """Each token's experts."""
+
+    experts_NJ: jax.Array  # int32
+    weights_NJ: jax.Array  # float32: what each one's output is multiplied by
+    scores_NE: jax.Array  # float32, positive, sum 1: what the balance loss evens out
+    logsumexp_N: jax.Array  # of the logits
+
+
+class Experts(NamedTuple):
+    """Weights of E SwiGLU feed-forwards."""
+
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+
+
+class RouterSums(NamedTuple):
+    """What one layer's router did, summed over the real tokens of each row; float32, [B] or [B, E].
+
+    Rows are kept apart because the sequence-wise loss needs them; whatever is made of them is a sum over rows.
+    """
+
+    tokens_B: jax.Array
+    load_BE: jax.Array  # assignments
+    scores_BE: jax.Array
+    z_B: jax.Array  # logsumexp^2
+    dropped_B: jax.Array  # assignments without a slot
+
+
+def route(logits_NE: jax.Array, moe: MoeConfig, bias_E: jax.Array | None = None) -> Routing:
+    """Choose experts by float32 logits.
+
+    softmax (Mixtral, arXiv:2401.04088; Qwen-MoE; DeepSeek V2, arXiv:2405.04434) or sigmoid scores (DeepSeek V3,
+    arXiv:2412.19437). The bias is added for choosing only. With groups, only the best ones are chosen from: judged by
+    their best expert (V2), or with sigmoid by the sum of their two best (V3).
+    """
+    scores_NE = jax.nn.softmax(logits_NE) if moe.scoring == "softmax" else jax.nn.sigmoid(logits_NE)
+    choice_NE = jax.lax.stop_gradient(scores_NE)
+    if bias_E is not None:
+        choice_NE += jax.lax.stop_gradient(bias_E)
+    if moe.groups > 1:
+        choice_NGX = choice_NE.reshape(len(choice_NE), moe.groups, -1)
+        judged = 1 if moe.scoring == "softmax" else 2
+        group_NG = jax.lax.top_k(choice_NGX, judged)[0].sum(axis=-1)
+        _, best_Nk = jax.lax.top_k(group_NG, moe.groups_per_token)
+        kept_NG = jnp.any(best_Nk[..., None] == jnp.arange(moe.groups), axis=1)
+        choice_NE = jnp.where(kept_NG[..., None], choice_NGX, -jnp.inf).reshape(choice_NE.shape)
+    _, experts_NJ = jax.lax.top_k(choice_NE, moe.experts_per_token)
+    weights_NJ = jnp.take_along_axis(scores_NE, experts_NJ, axis=1)
+    if moe.normalize:
+        weights_NJ /= weights_NJ.sum(axis=1, keepdims=True) + 1e-20  # sigmoids can all be 0
+    if moe.scoring == "sigmoid":
+        scores_NE /= scores_NE.sum(axis=1, keepdims=True) + 1e-20
+    return Routing(experts_NJ, weights_NJ * moe.scale, scores_NE, jax.nn.logsumexp(logits_NE, axis=-1))
+
+
+def dense(x_ND: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
+    """The slow twin: every expert on every token, one expert after another."""
+    chosen_NJE = routing.experts_NJ[..., None] == jnp.arange(len(experts.gate_EDF))
+    weights_EN = jnp.sum(chosen_NJE * routing.weights_NJ[..., None], axis=1).T
+
+    def add(y_ND: jax.Array, expert: tuple[Experts, jax.Array]) -> tuple[jax.Array, None]:
+        (gate_DF, up_DF, down_FD), weight_N = expert
+        out_ND = swiglu(x_ND @ gate_DF, x_ND @ up_DF) @ down_FD
+        return y_ND + weight_N[:, None] * out_ND, None
+
+    y_ND, _ = jax.lax.scan(add, jnp.zeros(x_ND.shape, jnp.float32), (experts, weights_EN))
+    return y_ND.astype(x_ND.dtype)
+
+
+def dropless(x_ND: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
+    """Assignments sorted by expert, then each product is one ragged matrix product (arXiv:2211.15841)."""
+    (N, D), E, J = x_ND.shape, len(experts.gate_EDF), routing.experts_NJ.shape[1]
+    expert_M = routing.experts_NJ.reshape(-1)
+    order_M = jnp.argsort(expert_M, stable=True)
+    place_M = jnp.argsort(order_M)  # of each assignment in the order
+    sizes_E = jnp.sum(expert_M[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
+    sorted_MD = _take(jnp.repeat(x_ND, J, axis=0), order_M, place_M)
+    gate_MF, up_MF = (jax.lax.ragged_dot(sorted_MD, w, sizes_E) for w in (experts.gate_EDF, experts.up_EDF))
+    out_MD = jax.lax.ragged_dot(swiglu(gate_MF, up_MF), experts.down_EFD, sizes_E)
+    return _combine(_take(out_MD, place_M, order_M).reshape(N, J, D), routing)
+
+
+def capacity(
+    x_ND: jax.Array, routing: Routing, experts: Experts, *, factor: float, real_N: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(sum over the experts that had a slot left, dropped_NJ bool): C = factor * M / E slots per expert.
+
+    Slots go by rank of choice, then by position (arXiv:2006.16668): a token loses its last choice first. Tokens that
+    are not real take no slots. Every shape is known when compiling, and every product is dense.
+    """
+    (N, D), E, J = x_ND.shape, len(experts.gate_EDF), routing.experts_NJ.shape[1]
+    C, M = slots(N, J, E, factor), N * J
+    expert_NJ = routing.experts_NJ if real_N is None else jnp.where(real_N[:, None], routing.experts_NJ, E)
+    chosen_JNE = expert_NJ.T[..., None] == jnp.arange(E)
+    before_JN = jnp.cumsum(chosen_JNE.reshape(M, E), axis=0, dtype=jnp.int32).reshape(J, N, E)
+    rank_NJ = jnp.sum(jnp.where(chosen_JNE, before_JN - 1, 0), axis=-1).T
+    has_slot_NJ = (expert_NJ < E) & (rank_NJ < C)
+    slot_M = jnp.where(has_slot_NJ, expert_NJ * C + rank_NJ, E * C).reshape(M)  # E * C: none
+    holder_S = jnp.full(E * C + 1, M, jnp.int32).at[slot_M].set(jnp.arange(M, dtype=jnp.int32))[:-1]  # M: nobody
+    x_ECD = _take(jnp.repeat(x_ND, J, axis=0), holder_S, slot_M).reshape(E, C, D)
+    gate_ECF, up_ECF = (jnp.einsum("ecd,edf->ecf", x_ECD, w) for w in (experts.gate_EDF, experts.up_EDF))
+    out_ECD = jnp.einsum("ecf,efd->ecd", swiglu(gate_ECF, up_ECF), experts.down_EFD)
+    out_NJD = _take(out_ECD.reshape(E * C, D), slot_M, holder_S).reshape(N, J, D)
+    return _combine(out_NJD, routing), (expert_NJ < E) & ~has_slot_NJ
+
+
+def slots(tokens: int, experts_per_token: int, num_experts: int, factor: float) -> int:
+    """Slots of each expert; never more than there are tokens."""
+    return min(tokens, math.ceil(factor * tokens * experts_per_token / num_experts))
+
+
+def router_sums(routing: Routing, real_BT: jax.Array, dropped_NJ: jax.Array | None = None) -> RouterSums:
+    """Sums over the tokens that `real_BT` marks."""
+    B, T = real_BT.shape
+    real_BT1 = real_BT.astype(jnp.float32)[..., None]
+    E = routing.scores_NE.shape[1]
+    chosen_NE = jnp.sum(routing.experts_NJ[..., None] == jnp.arange(E), axis=1, dtype=jnp.float32)
+    dropped_N = jnp.zeros(B * T) if dropped_NJ is None else dropped_NJ.sum(axis=1, dtype=jnp.float32)
+
+    def total(x_NX: jax.Array) -> jax.Array:
+        return jnp.sum(x_NX.reshape(B, T, -1) * real_BT1, axis=1)
+
+    return RouterSums(
+        real_BT1[..., 0].sum(axis=1),
+        total(chosen_NE),
+        total(routing.scores_NE),
+        total(routing.logsumexp_N**2)[:, 0],
+        total(dropped_N)[:, 0],
+    )
+
+
+def real_tokens(first_key_BT: jax.Array) -> jax.Array:
+    """Which tokens are not padding, bool [B, T].
+
+    Padding is at the end of a row and sees only itself (`data.format`). A piece of one single token right before it
+    looks alike and counts as padding.
+    """
+    alone_BT = first_key_BT == jnp.arange(first_key_BT.shape[1])
+    return jax.lax.cummin(alone_BT.astype(jnp.int32), axis=1, reverse=True) == 0
+
+
+def uneven(load_XE: jax.Array, scores_XE: jax.Array, tokens_X: jax.Array, experts_per_token: int) -> jax.Array:
+    """E sum_e f_e P_e, [X]: 1 when loads are even, more the less they are.
+
+    f_e: share of the assignments that expert e got; P_e: mean score. arXiv:2101.03961 equations 4 to 6 with one
+    expert per token, DeepSeek V3's equations 17 to 20 with X = rows; the definition in transformers is
+    experts_per_token times this.
+    """
+    tokens_X1 = jnp.maximum(tokens_X, 1.0)[..., None]
+    share_XE = load_XE / (tokens_X1 * experts_per_token)
+    return load_XE.shape[-1] * jnp.sum(jax.lax.stop_gradient(share_XE) * scores_XE / tokens_X1, axis=-1)
+
+
+def updated_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
+    """Balancing without an auxiliary loss (arXiv:2408.15664, algorithm 1): each bias one step of `rate` up where the
+    expert's load was below the layer's mean, down where it was above."""
+    return bias_LE + rate * jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
+
+
+def _combine(out_NJD: jax.Array, routing: Routing) -> jax.Array:
+    y_ND = jnp.sum(out_NJD.astype(jnp.float32) * routing.weights_NJ[..., None], axis=1)
+    return y_ND.astype(out_NJD.dtype)
+
+
+@jax.custom_vjp
+def _take(x_RD: jax.Array, index_S: jax.Array, inverse_R: jax.Array) -> jax.Array:
+    """x_RD[index_S], 0 where the index is R. inverse_R: where each row went, S where nowhere.
+
+    So the gradient is a look-up too: a scatter would be slow, and add in another order each time on a GPU.
+    """
+    del inverse_R
+    return jnp.take(x_RD, index_S, axis=0, mode="fill", fill_value=0)
+
+
+def _take_forward(x_RD: jax.Array, index_S: jax.Array, inverse_R: jax.Array) -> tuple[jax.Array, Any]:
+    return _take(x_RD, index_S, inverse_R), (index_S, inverse_R)
+
+
+def _take_backward(residuals: Any, gradient_SD: jax.Array) -> tuple[jax.Array, None, None]:
+    index_S, inverse_R = residuals
+    return _take(gradient_SD, inverse_R, index_S), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
