@@ -1,0 +1,1 @@
+"""Pallas kernels for GPUs, and what chooses their tiles. Import only jax and numpy."""
