@@ -15,6 +15,7 @@ from data_pipeline.filters.gopher_quality import GopherQualityFilter
 from data_pipeline.filters.gopher_repetition import GopherRepetitionFilter
 from data_pipeline.filters.heuristics import HeuristicsFilter
 from data_pipeline.filters.length import LengthFilter
+from data_pipeline.filters.pii import PiiFilter
 from nanollama.data.strict import FieldError, from_mapping, nearest
 
 __all__ = ["FILTERS", "Batch", "ExactDuplicateFilter", "Filter", "Judgement", "LengthFilter", "filter_key",
@@ -28,6 +29,7 @@ FILTERS: dict[str, type[Filter]] = {
     "gopher_repetition": GopherRepetitionFilter,
     "c4": C4Filter,
     "fineweb": FineWebFilter,
+    "pii": PiiFilter,
 }
 
 
