@@ -20,6 +20,7 @@ from data_pipeline.mixture_schema import (
     Metadata,
     MixtureConfig,
     Validation,
+    available_tokens,
     epochs_of,
     format_of,
     layout_of,
@@ -76,7 +77,7 @@ def _resolved(mixture: MixtureConfig) -> MixtureConfig:
                 for dataset in mixture.datasets]
     method = mixture.built_sampling
     if method.method in BY_SIZE:
-        sizes = [float(dataset.estimated_tokens or 0) * dataset.sampling.rate for dataset in datasets]
+        sizes = [available_tokens(dataset) or 0.0 for dataset in datasets]
         weights = method.weights(sizes, mixture.metadata.total_tokens)
         datasets = [dataclasses.replace(dataset, mix_ratio=weight)
                     for dataset, weight in zip(datasets, weights, strict=True)]

@@ -78,7 +78,7 @@ def read_conversation(row: Mapping[str, Any], rows: str, layout: str, names: Map
     """The conversation in `row`. `names`: {field of the layout: name in the row}. Raises BadText."""
     values: dict[str, Any] = {}
     for field, (_, needed) in LAYOUTS[rows][layout].items():
-        value = row.get(names[field])
+        value = row.get(names[field]) if names[field] else None  # "": the rows have no such field
         if value is None and needed:
             raise BadText(f"no field {names[field]!r}")
         values[field] = value

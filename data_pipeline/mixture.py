@@ -27,7 +27,7 @@ from data_pipeline.config import (
 )
 from data_pipeline.documents import Bad, Document, text_digest
 from data_pipeline.filters import make_batch
-from data_pipeline.mixture_schema import available_tokens
+from data_pipeline.mixture_schema import BYTES_PER_TOKEN, available_tokens
 from data_pipeline.progress import Progress
 from data_pipeline.sources import open_source
 from data_pipeline.stage import command
@@ -38,7 +38,6 @@ from nanollama.data.tokenizer import Tokenizer
 
 SCHEMA_VERSION = 1
 GOOD_EPOCHS = 4  # repeating up to here costs almost nothing (Muennighoff et al. 2023, arXiv:2305.16264)
-BYTES_PER_TOKEN = 4.0  # for counts without a tokenizer: English under a vocabulary of 32,000 (docs/log.md)
 JUDGED_AT_ONCE = 256  # documents
 
 

@@ -16,6 +16,9 @@ _SUFFIX_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".tx
                    ".rst": "text", ".parquet": "parquet", ".arrow": "arrow", ".warc": "warc"}
 
 
+BYTES_PER_TOKEN = 4.0  # where no tokenizer is at hand: English under a vocabulary of 32,000 (docs/log.md)
+
+
 @dataclasses.dataclass(frozen=True)
 class Metadata:
     """What the mixture is for. Recorded with everything made from it."""
@@ -129,7 +132,8 @@ def available_tokens(dataset: DatasetConfig) -> float | None:
     """Tokens of one pass over what is taken of the dataset, as far as the file says."""
     if dataset.estimated_tokens is None:
         return None
-    return dataset.estimated_tokens * dataset.sampling.rate
+    taken = dataset.estimated_tokens * dataset.sampling.rate
+    return min(taken, dataset.max_bytes / BYTES_PER_TOKEN) if dataset.max_bytes else taken
 
 
 def epochs_of(dataset: DatasetConfig, metadata: Metadata) -> float | None:

@@ -1,7 +1,7 @@
 """The whole-corpus steps and the sampling methods that a mixture file may name, with their parameters.
 
-Owns the lookup from `type` (or `method`) to the frozen dataclass whose fields are the parameters, the checks
-of those, and the formulas from the datasets' sizes to their weights. Knows nothing of how a step is run.
+Owns the lookup from `type` (or `method`) to the frozen dataclass whose fields are the parameters, and the
+formulas from the datasets' sizes to their weights. Knows nothing of how a step is run.
 """
 
 import dataclasses
@@ -10,36 +10,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from data_pipeline.dedup.exact import ExactDeduplication
+from data_pipeline.dedup.minhash import MinHashDeduplication
+from data_pipeline.dedup.simhash import SimHashDeduplication
 from nanollama.data.strict import FieldError, from_mapping, nearest
-
-
-@dataclasses.dataclass(frozen=True)
-class ExactDuplicates:
-    """Drops texts that are equal after `normalize`; the oldest is kept, without dates the first."""
-
-    type: Literal["exact"] = "exact"
-    normalize: Literal["none", "whitespace", "words"] = "none"
-
-
-@dataclasses.dataclass(frozen=True)
-class MinHashDuplicates:
-    """Drops a text if a kept, older one has at least `threshold` of its word n-grams (exact Jaccard)."""
-
-    type: Literal["minhash"] = "minhash"
-    threshold: float = 0.8
-    ngram: int = 5
-    bands: int = 16
-    rows: int = 8  # bands * rows is the number of permutations
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class SimHashDuplicates:
-    """Drops a text if a kept, older one differs in at most `distance` of the fingerprint's 64 bits."""
-
-    type: Literal["simhash"] = "simhash"
-    ngram: int = 5
-    distance: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +144,7 @@ class Temporal:
 
 
 SECTIONS: dict[str, dict[str, type]] = {
-    "deduplication": {"exact": ExactDuplicates, "minhash": MinHashDuplicates, "simhash": SimHashDuplicates},
+    "deduplication": {"exact": ExactDeduplication, "minhash": MinHashDeduplication, "simhash": SimHashDeduplication},
     "decontamination": {"decontaminate": Decontamination},
     "selection": {"dsir": ImportanceResampling, "attributes": AttributeSelection},
 }
@@ -199,6 +173,8 @@ def _make(classes: Mapping[str, type], key: str, mapping: Any, where: str, what:
     if name not in classes:
         raise FieldError(f"{where}.{key}", f"no {what} is called {name!r}", nearest(str(name), list(classes)))
     made: Any = from_mapping(classes[name], mapping, where)
+    if hasattr(made, "check"):
+        made.check(where)
     for field, (test, wanted) in _RANGES.items():
         value = getattr(made, field, None)
         if value is not None and not test(value):
@@ -227,11 +203,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "undated": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
     "rates": (lambda value: all(0 <= rate <= 1 for rate in value.values()), "a mapping of values to shares in [0, 1]"),
     "ngram": (_positive, "a number above 0"),
-    "bands": (_positive, "a number above 0"),
-    "rows": (_positive, "a number above 0"),
     "buckets": (_positive, "a number above 0"),
     "stages": (_positive, "a number above 0"),
-    "distance": (lambda value: 0 <= value <= 16, "0 to 16 bits"),
     "alpha": (_positive, "a number above 0"),
     "temperature": (_positive, "a number above 0"),
     "max_epochs": (_positive, "a number above 0"),

@@ -1,6 +1,7 @@
 """Small mixtures and corpora for tests of the pipeline."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,10 @@ def small_mixture(tmp_path: Path) -> Path:
         tmp_path / "mix.yaml",
         *({"name": name, "source": str(tmp_path / f"{name}.jsonl"), "filters": [{"type": "exact_duplicate"}]}
           for name in ("one", "two", "three")))
+
+
+def data_folder() -> Path | None:
+    """The folder of real text: the variable NANOLLAMA_DATA, or shared/data beside the checkout; None where absent."""
+    places = [Path(os.environ["NANOLLAMA_DATA"])] if os.environ.get("NANOLLAMA_DATA") else [
+        parent / "shared" / "data" for parent in Path(__file__).resolve().parents]
+    return next((place for place in places if (place / "pretrain").is_dir()), None)

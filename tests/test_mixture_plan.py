@@ -20,7 +20,7 @@ def two(tmp_path: Path, **top: Any) -> Path:
         {"name": "big", "source": "org/big", "format": "huggingface", "subset": "en", "mix_ratio": 0.75,
          "estimated_tokens": 1_000_000, "filters": [{"type": "length", "min_characters": 7}], "licence": "MIT"},
         {"name": "small", "source": "org/small", "format": "huggingface", "revision": "abc", "mix_ratio": 0.25,
-         "estimated_tokens": 20_000, "sampling": {"rate": 0.5}, "max_bytes": 1000, "licence": "MIT"},
+         "estimated_tokens": 20_000, "sampling": {"rate": 0.5}, "max_bytes": 1_000_000, "licence": "MIT"},
         metadata={"phase": "test", "description": "two", "total_tokens": 400_000, "steps": 100}, **top)
 
 
@@ -36,7 +36,7 @@ def test_the_plan(tmp_path: Path) -> None:
     assert trainer_sets(plan, "x") == [{"path": "x/big", "weight": 0.75}, {"path": "x/small", "weight": 0.25}]
     text = describe(plan)
     for words in ("4,000 tokens a step", "org/big (en)", "huggingface -> exact_duplicate() -> length(min_characters 7",
-                  "a sample of 50.0% -> at most 1.0 kB", "1. deduplication: minhash(", "p_i = mix_ratio_i",
+                  "a sample of 50.0% -> at most 1.0 MB", "1. deduplication: minhash(", "p_i = mix_ratio_i",
                   "small is repeated 10.0 times", "without a revision, so a later run may get other text: big.",
                   plan["sha256"][:16]):
         assert words in text, words
