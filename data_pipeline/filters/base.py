@@ -5,11 +5,13 @@ filter, and nothing of files of documents.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import polars as pl
 
+from data_pipeline.text.words import WordHashes, word_hashes
 from nanollama.data.strict import to_mapping
 
 
@@ -28,6 +30,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.text)
+
+    @functools.cached_property
+    def words(self) -> WordHashes:
+        """The words of the texts, hashed once for all steps that are given this batch."""
+        return word_hashes(self.text)
 
     def with_text(self, text: pl.Series) -> "Batch":
         """The same documents with other texts (after a filter that rewrites)."""
