@@ -20,6 +20,7 @@ from data_pipeline.mixture_schema import (
     Metadata,
     MixtureConfig,
     Validation,
+    epochs_of,
     format_of,
     layout_of,
     paths_of,
@@ -32,7 +33,7 @@ from nanollama.data.strict import FieldError, from_mapping, nearest, to_mapping
 
 __all__ = [
     "PACKAGE_METADATA", "PYTHON_STDLIB", "DatasetConfig", "DatasetSampling", "Metadata", "MixtureConfig",
-    "MixtureError", "Validation", "format_of", "layout_of", "load_mixture",
+    "MixtureError", "Validation", "epochs_of", "format_of", "layout_of", "load_mixture",
     "mixture_mapping", "paths_of", "removes_duplicates",
 ]
 
@@ -79,7 +80,18 @@ def _resolved(mixture: MixtureConfig) -> MixtureConfig:
         weights = method.weights(sizes, mixture.metadata.total_tokens)
         datasets = [dataclasses.replace(dataset, mix_ratio=weight)
                     for dataset, weight in zip(datasets, weights, strict=True)]
-    return dataclasses.replace(mixture, datasets=tuple(datasets), filters=())
+    mixture = dataclasses.replace(mixture, datasets=tuple(datasets), filters=())
+    _check_epochs(mixture)
+    return mixture
+
+
+def _check_epochs(mixture: MixtureConfig) -> None:
+    for index, dataset in enumerate(mixture.datasets):
+        epochs, most = epochs_of(dataset, mixture.metadata), dataset.sampling.max_epochs
+        if most is not None and epochs is not None and epochs > most * (1 + RATIO_SLACK):
+            raise FieldError(f"{ROOT}.datasets[{index}].sampling.max_epochs",
+                             f"{most:g}, but mix_ratio {dataset.mix_ratio:.4g} of {mixture.metadata.total_tokens:,} "
+                             f"tokens is {epochs:.2f} epochs of the dataset", "Lower its mix_ratio, or raise this.")
 
 
 def _check(mixture: MixtureConfig, given: list[bool]) -> None:
@@ -200,7 +212,7 @@ def _check_source(dataset: DatasetConfig, where: str) -> None:
     if dataset.separator is not None and (kind != "text" or allowed):
         raise FieldError(f"{where}.separator", f"is for text files, not for {kind}", "Leave it out.")
     if kind not in ("huggingface", "tfds"):
-        for name, default in (("subset", None), ("revision", None), ("splits", ("train",))):
+        for name, default in (("subset", None), ("data_dir", None), ("revision", None), ("splits", ("train",))):
             if getattr(dataset, name) != default:
                 raise FieldError(f"{where}.{name}", f"is for hub datasets, not for {kind}",
                                  "Leave it out, or set format: huggingface.")

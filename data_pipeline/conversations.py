@@ -35,6 +35,9 @@ LAYOUTS: dict[str, dict[str, dict[str, tuple[str, bool]]]] = {
         # three strings
         "pairs": {"prompt": ("prompt", True), "chosen": ("chosen", True), "rejected": ("rejected", True),
                   "system": ("system", False)},
+        # two answers and the number (0 or 1) of the better one
+        "ranked": {"prompt": ("prompt", True), "first": ("response_0", True), "second": ("response_1", True),
+                   "better": ("better_response_id", True)},
         # two whole dialogues as strings, as Anthropic's HH-RLHF has it
         "transcript": {"chosen": ("chosen", True), "rejected": ("rejected", True)},
     },
@@ -109,6 +112,13 @@ def _turns(values: Mapping[str, Any], layout: str) -> tuple[Turn, ...]:
 
 
 def _preference(values: Mapping[str, Any], layout: str) -> Conversation:
+    if layout == "ranked":
+        if values["better"] not in (0, 1) or isinstance(values["better"], bool):
+            raise BadText("the better answer is neither 0 nor 1")
+        answers = (values["first"], values["second"])
+        values = {"prompt": values["prompt"], "chosen": answers[values["better"]],
+                  "rejected": answers[1 - values["better"]]}
+        layout = "pairs"
     if layout == "pairs":
         prompt = _turns({"instruction": values["prompt"], "system": values.get("system")}, "instruction")
         sides = [_messages([{"role": "assistant", "content": values[side]}]) for side in ("chosen", "rejected")]

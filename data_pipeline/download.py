@@ -23,7 +23,7 @@ SHARD_ROWS = 200_000
 SHOWN_BAD = 5  # broken rows told of per part
 # what of a dataset's settings decides the rows that are read
 _READING = ("rows", "layout", "fields", "text_field", "date_field", "id_field", "meta_fields", "separator", "subset",
-            "revision", "max_line_bytes", "on_error")
+            "data_dir", "revision", "max_line_bytes", "on_error")
 
 
 @dataclasses.dataclass(frozen=True)

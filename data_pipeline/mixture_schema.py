@@ -32,7 +32,7 @@ class DatasetSampling:
     """How much of one dataset is taken, and how often it may be repeated."""
 
     rate: float = 1.0  # share of its documents, drawn by hash after all filters
-    max_epochs: float | None = None  # passes in training at most; the plan refuses more
+    max_epochs: float | None = None  # passes in training at most; a mixture that needs more is refused
     seed: int = 0
 
 
@@ -58,6 +58,7 @@ class DatasetConfig:
     separator: str | None = None  # splits a text file into documents; default: one file, one document
     splits: tuple[str, ...] = ("train",)  # of a hub dataset
     subset: str | None = None  # configuration name of a hub dataset
+    data_dir: str | None = None  # folder of a hub dataset that has no configurations
     revision: str | None = None  # commit of a hub dataset, so that it never changes
     estimated_tokens: int | None = None
     licence: str | None = None  # shown in the data card
@@ -122,6 +123,21 @@ def format_of(dataset: DatasetConfig) -> str:
         return "text"
     suffixes = [suffix for suffix in Path(first).suffixes if suffix not in (".gz", ".zst")]
     return _SUFFIX_FORMATS.get(suffixes[-1].lower(), "unknown") if suffixes else "unknown"
+
+
+def available_tokens(dataset: DatasetConfig) -> float | None:
+    """Tokens of one pass over what is taken of the dataset, as far as the file says."""
+    if dataset.estimated_tokens is None:
+        return None
+    return dataset.estimated_tokens * dataset.sampling.rate
+
+
+def epochs_of(dataset: DatasetConfig, metadata: Metadata) -> float | None:
+    """How often training on metadata.total_tokens goes over the dataset; None when the file does not say."""
+    available = available_tokens(dataset)
+    if available is None or metadata.total_tokens is None:
+        return None
+    return dataset.mix_ratio * metadata.total_tokens / available
 
 
 def layout_of(dataset: DatasetConfig) -> dict[str, str]:

@@ -42,6 +42,7 @@ from data_pipeline.stage import (
 from data_pipeline.workers import run_tasks
 from nanollama.data.files import DataError, Lock, sha256_json, write_atomic, write_json
 from nanollama.data.packed import DOCUMENTS_FILE, MANIFEST_FILE, SCHEMA_VERSION, dataset_id
+from nanollama.data.strict import nearest
 from nanollama.data.tokenizer import Tokenizer
 
 STAGE_VERSION = 2  # raise it when the same inputs would give other bytes
@@ -73,12 +74,16 @@ def build_packed(corpus: str | os.PathLike[str],
                  record_length: int,
                  validation_fraction: float | None = None,
                  seed: int | None = None,
-                 workers: int = 1) -> dict[str, Any]:
+                 workers: int = 1,
+                 dataset: str | None = None) -> dict[str, Any]:
     """Pack `corpus` with `tokenizer` into `output`; returns the set's manifest.
 
-    `validation_fraction` and `seed` default to the mixture's `validation`. Errors: DataError.
+    `validation_fraction` and `seed` default to the mixture's `validation`. `dataset`: only this one of the
+    corpus's datasets; sets of one dataset each are what the trainer can weigh. Errors: DataError.
     """
     corpus_manifest, corpus_sha256 = read_manifest(corpus)
+    if dataset is not None:
+        corpus_manifest = _only(corpus_manifest, dataset, corpus)
     frozen = Tokenizer.load(tokenizer)
     validation = corpus_manifest["mixture"]["config"]["validation"]
     config = PackConfig(record_length,
@@ -87,7 +92,8 @@ def build_packed(corpus: str | os.PathLike[str],
     config.check()
     output = Path(output)
     fingerprint = sha256_json({"stage": "pack", "version": STAGE_VERSION, "corpus": corpus_sha256,
-                               "tokenizer": frozen.sha256, "config": dataclasses.asdict(config)})
+                               "tokenizer": frozen.sha256, "config": dataclasses.asdict(config),
+                               **({} if dataset is None else {"dataset": dataset})})
     with Lock(output), disk_full_explained(output):
         done = finished(output, MANIFEST_FILE, fingerprint, lambda manifest: manifest["files"])
         if done is not None:
@@ -108,6 +114,24 @@ def build_packed(corpus: str | os.PathLike[str],
         manifest = _build(head, corpus, corpus_manifest, frozen, config, work, workers)
         _put_in_place(output, work, manifest)
         return manifest
+
+
+def pack_datasets(corpus: str | os.PathLike[str], tokenizer: str | os.PathLike[str],
+                  output: str | os.PathLike[str], **options: Any) -> dict[str, dict[str, Any]]:
+    """{dataset: manifest} of one packed set per dataset of `corpus`, in `output`/NAME. Options: `build_packed`'s."""
+    rows = read_manifest(corpus)[0]["datasets"]
+    return {row["name"]: build_packed(corpus, tokenizer, Path(output) / row["name"], dataset=row["name"], **options)
+            for row in rows if row["kept"]}
+
+
+def _only(manifest: dict[str, Any], dataset: str, corpus: str | os.PathLike[str]) -> dict[str, Any]:
+    """The corpus manifest as if the corpus were this dataset alone."""
+    rows = [row for row in manifest["datasets"] if row["name"] == dataset]
+    if not rows:
+        raise DataError(f"{corpus}: has no dataset {dataset!r}. "
+                        f"{nearest(dataset, [row['name'] for row in manifest['datasets']])}")
+    return {**manifest, "datasets": rows,
+            "shards": [shard for shard in manifest["shards"] if shard["dataset"] == dataset]}
 
 
 def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest: dict[str, Any],
@@ -221,20 +245,33 @@ def _main() -> None:
     parser.add_argument("--validation-fraction", type=float, help="default: the mixture's validation.ratio")
     parser.add_argument("--seed", type=int, help="of the split; default: the mixture's validation.seed")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
+    parser.add_argument("--per-dataset", action="store_true",
+                        help="one packed set for each dataset, in OUTPUT/NAME: what the trainer mixes by weight")
     arguments = parser.parse_args()
     start = time.monotonic()
-    manifest = build_packed(arguments.corpus,
-                            arguments.tokenizer,
-                            arguments.output,
-                            record_length=arguments.record_length,
-                            validation_fraction=arguments.validation_fraction,
-                            seed=arguments.seed,
-                            workers=arguments.workers)
-    print(pack_card.splits_table(manifest))
-    disk = sum(row["bytes"] for row in manifest["files"])
-    print(
-        f"\npack: {arguments.output}, {cards.size(disk)} on disk, dataset_id {manifest['dataset_id'][:16]}, "
-        f"{time.monotonic() - start:.1f} s")
+    options = {"record_length": arguments.record_length, "validation_fraction": arguments.validation_fraction,
+               "seed": arguments.seed, "workers": arguments.workers}
+    if arguments.per_dataset:
+        manifests = pack_datasets(arguments.corpus, arguments.tokenizer, arguments.output, **options)
+        _print_sets(arguments.output, manifests)
+    else:
+        manifest = build_packed(arguments.corpus, arguments.tokenizer, arguments.output, **options)
+        print(pack_card.splits_table(manifest))
+        disk = sum(row["bytes"] for row in manifest["files"])
+        print(f"\npack: {arguments.output}, {cards.size(disk)} on disk, dataset_id {manifest['dataset_id'][:16]}, "
+              f"{time.monotonic() - start:.1f} s")
+
+
+def _print_sets(output: str, manifests: dict[str, dict[str, Any]]) -> None:
+    """A table of the sets, and what the trainer's config says to use them in the mixture's proportion."""
+    print(cards.table(
+        ["packed set", "documents", "tokens", "records", "weight"],
+        [[name, *(f"{manifest['splits']['train'][key]:,}" for key in ("documents", "tokens", "records")),
+          f"{manifest['weights'][name]:.2%}"] for name, manifest in manifests.items()]))
+    print("\nconfig.data.sets = [")
+    for name, manifest in manifests.items():
+        print(f"  {{'path': '{Path(output) / name}', 'weight': {manifest['weights'][name]:.6g}}},")
+    print("]")
 
 
 if __name__ == "__main__":

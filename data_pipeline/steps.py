@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from nanollama.data.strict import FieldError, from_mapping, nearest
 
@@ -81,6 +81,7 @@ class AttributeSelection:
 class Weighted:
     """The mix_ratio of the file, as written."""
 
+    formula: ClassVar[str] = "p_i = mix_ratio_i, as written"
     method: Literal["weighted"] = "weighted"
 
 
@@ -88,6 +89,7 @@ class Weighted:
 class Proportional:
     """p_i = n_i / sum n: every dataset is seen equally often."""
 
+    formula: ClassVar[str] = "p_i = n_i / sum_j n_j"
     method: Literal["proportional"] = "proportional"
 
     def weights(self, sizes: Sequence[float], budget: float | None) -> list[float]:
@@ -99,6 +101,7 @@ class Proportional:
 class Alpha:
     """p_i proportional to n_i ** alpha: above 1 favours large datasets, below 1 small ones."""
 
+    formula: ClassVar[str] = "p_i = n_i ** alpha / sum_j n_j ** alpha"
     method: Literal["alpha"] = "alpha"
     alpha: float = 1.3
 
@@ -111,6 +114,7 @@ class Alpha:
 class Temperature:
     """p_i proportional to n_i ** (1 / temperature): 1 is proportional, infinity uniform."""
 
+    formula: ClassVar[str] = "p_i = n_i ** (1 / temperature) / sum_j n_j ** (1 / temperature)"
     method: Literal["temperature"] = "temperature"
     temperature: float = 3.3
 
@@ -123,6 +127,8 @@ class Temperature:
 class UniMax:
     """Uniform, but no dataset more than `max_epochs` times (Chung et al. 2023); needs metadata.total_tokens."""
 
+    formula: ClassVar[str] = (
+        "p_i = b_i / sum_j b_j; from the smallest n_i up, b_i = min(tokens left / datasets left, max_epochs * n_i)")
     method: Literal["unimax"] = "unimax"
     max_epochs: float = 4.0
 
@@ -144,6 +150,7 @@ class UniMax:
 class Curriculum:
     """mix_ratio between datasets; inside them documents from easy to hard by an attribute."""
 
+    formula: ClassVar[str] = "p_i = mix_ratio_i; inside a dataset `stages` equal parts, ordered by the attribute"
     method: Literal["curriculum"] = "curriculum"
     by: str = "perplexity"
     order: Literal["ascending", "descending"] = "ascending"
@@ -152,8 +159,10 @@ class Curriculum:
 
 @dataclasses.dataclass(frozen=True)
 class Temporal:
-    """mix_ratio between datasets; inside them a document's weight halves every `half_life_years` before `reference`."""
+    """mix_ratio between datasets; inside them a document's weight halves with its age."""
 
+    formula: ClassVar[str] = (
+        "p_i = mix_ratio_i; inside a dataset w_d = 2 ** (-years before reference / half_life_years)")
     method: Literal["temporal"] = "temporal"
     reference: str = ""  # YYYY-MM-DD; empty: the newest document
     half_life_years: float = 2.0

@@ -75,6 +75,8 @@ PREFERENCES = [
     ("sharegpt", {"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": {"from": "gpt", "value": "4"},
                   "rejected": {"from": "gpt", "value": "5"}}),
     ("pairs", {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}),
+    ("ranked", {"prompt": "2 + 2?", "response_0": "5", "response_1": "4", "better_response_id": 1}),
+    ("ranked", {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", "better_response_id": 0}),
     ("transcript", {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5"}),
 ]
 
@@ -106,6 +108,7 @@ MISTAKES = [
     ("preference", "pairs", {"prompt": "x", "chosen": "y", "rejected": "y"}, "the same"),
     ("preference", "pairs", {"prompt": "x", "chosen": "y", "rejected": ""}, "empty"),
     ("preference", "pairs", {"prompt": "", "chosen": "y", "rejected": "z"}, "no turn of the user"),
+    ("preference", "ranked", {"prompt": "x", "response_0": "y", "response_1": "z", "better_response_id": 2}, "0 nor 1"),
     ("preference", "transcript", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"}, "assistant"),
 ]
 

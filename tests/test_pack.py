@@ -22,7 +22,7 @@ from corpora import documents, files_of, jsonl, mixture
 from data_pipeline import corpus_format, pack_records, pack_tokens
 from data_pipeline.bestfit import Piece, plan
 from data_pipeline.corpus import build_corpus
-from data_pipeline.pack import build_packed
+from data_pipeline.pack import build_packed, pack_datasets
 from data_pipeline.sources.python_code import stdlib_files
 from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer
 from nanollama.data.files import DataError
@@ -229,6 +229,23 @@ def test_any_number_of_workers_and_a_second_run(room: Path, packed: Path, capsys
     elsewhere = pack(room, room / "deep" / "er" / "packed")
     assert elsewhere["dataset_id"] == PackedSet(packed).dataset_id
     assert elsewhere["corpus"]["path"] != PackedSet(packed).manifest["corpus"]["path"]
+
+
+def test_a_set_for_each_dataset_holds_what_the_whole_set_holds(room: Path, packed: Path, tmp_path: Path) -> None:
+    made = pack_datasets(room / "corpus", room / "tokenizer", tmp_path, record_length=RECORD, validation_fraction=0.1,
+                         seed=0)
+    whole = PackedSet(packed)
+    assert {name: manifest["sources"] for name, manifest in made.items()} == {"code": ["code"], "short": ["short"]}
+    for name, manifest in made.items():
+        assert manifest["weights"] == {name: whole.manifest["weights"][name]}
+        for split in ("train", "validation"):  # also: a document is in the same split as in the whole set
+            assert manifest["source_counts"][split][name] == whole.manifest["source_counts"][split][name]
+        verify(tmp_path / name)
+    one = pack_datasets(room / "corpus", room / "tokenizer", tmp_path, record_length=RECORD, validation_fraction=0.1,
+                        seed=0)
+    assert one == made  # nothing to do
+    with pytest.raises(DataError, match=r"no dataset 'cod'.*'code'"):
+        pack(room, tmp_path / "wrong", dataset="cod")
 
 
 def test_a_long_document_is_one_segment_of_a_long_row(room: Path, packed: Path) -> None:

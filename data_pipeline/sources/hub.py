@@ -51,14 +51,20 @@ class HubPart:
         expanded = expand_variables(self.path, f"dataset {self.dataset.name}: source")
         return f"{os.path.basename(os.path.normpath(expanded)) if _is_local(expanded) else self.path}/{self.split}"
 
+    @property
+    def folder(self) -> dict[str, str]:
+        """The folder to read, as the library takes it."""
+        return {"data_dir": self.dataset.data_dir} if self.dataset.data_dir is not None else {}
+
     def inputs(self) -> list[Input]:
         """Of a local folder, every file. Of the hub, what is asked: only a pinned `revision` makes it an identity."""
         expanded = expand_variables(self.path, f"dataset {self.dataset.name}: source")
         if _is_local(expanded):
             return list(_folder_inputs(expanded))
-        revision, subset = self.dataset.revision or "main", self.dataset.subset or "default"
+        revision = self.dataset.revision or "main"
+        subset = self.dataset.subset or self.dataset.data_dir or "default"
         asked = {"path": self.path, "subset": self.dataset.subset, "split": self.split,
-                 "revision": self.dataset.revision}
+                 "revision": self.dataset.revision, **self.folder}
         return [Input(f"hf://{self.path}@{revision}/{subset}/{self.split}", 0, sha256_json(asked))]
 
     def open(self, state: State | None = None) -> "HubReader":
@@ -119,7 +125,7 @@ class HubReader:
             saved = saved[self.part.split] if isinstance(saved, dict) else saved
             return saved.to_iterable_dataset()
         return self._library.load_dataset(path, name=self.dataset.subset, split=self.part.split, streaming=True,
-                                          revision=self.dataset.revision)
+                                          revision=self.dataset.revision, **self.part.folder)
 
 
 def _library(dataset: DatasetConfig) -> Any:
