@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from nanollama.data.strict import from_mapping, nearest, to_mapping
 from nanollama.model_config import ConfigError as ConfigError
+from nanollama.model_config import LatentConfig as LatentConfig
 from nanollama.model_config import ModelConfig as ModelConfig
+from nanollama.model_config import MoeConfig as MoeConfig
 from nanollama.model_config import RopeScaling as RopeScaling
 from nanollama.model_config import check_model as check_model
 from nanollama.model_config import check_positive
@@ -30,6 +32,9 @@ class ComputeConfig:
     scan_unroll: int = 0  # layers per scan iteration; 0 = all (fastest on CPU and GPU, slower to compile)
     attention: Literal["auto", "xla_chunked", "reference"] = "auto"
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at one time
+    moe: Literal["auto", "dropless", "capacity", "dense"] = "auto"  # how experts are computed; `ops.moe`
+    moe_capacity: float = 2.0  # capacity only: slots of an expert, relative to even loads; tokens beyond are dropped,
+    # which changes what is computed (the count is in the metrics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,11 @@ class LossConfig:
     """Cross-entropy plus z-loss (arXiv:2204.02311, section 5)."""
 
     z_loss: float = 1e-4
+    # The rest is for mixtures of experts; each is a sum over layers of a mean over real tokens (`ops.moe`).
+    balance: Literal["sequence", "batch"] = "sequence"  # even loads in each row (DeepSeek), or in the batch (Switch)
+    balance_loss: float = 0.0  # coefficient; DeepSeek V2 0.003, V3 0.0001, Switch 0.01 (batch, experts_per_token 1)
+    router_z_loss: float = 0.0  # coefficient of the routers' logsumexp^2; ST-MoE 0.001
+    bias_update_rate: float = 0.001  # step of each selection bias towards even loads; DeepSeek V3 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +109,7 @@ class MeshConfig:
     data: int = -1  # replicas
     fsdp: int = 1  # batch and parameters sharded together
     tensor: int = 1  # heads, ffn and vocabulary
+    expert: int = 1  # batch, and the experts of each layer; the other parameters are whole on each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,14 +290,15 @@ def _check_schedule(config: Config) -> None:
 
 def _check_mesh(config: Config) -> None:
     mesh = config.mesh
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    sizes = dataclasses.astuple(mesh)
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise ConfigError("config.mesh", f"{mesh}", "Use positive sizes, and -1 on at most one axis.")
-    if config.determinism == "elastic" and (mesh.fsdp != 1 or mesh.tensor != 1):
+    cut = {name: size for name, size in dataclasses.asdict(mesh).items() if name != "data" and size != 1}
+    if config.determinism == "elastic" and cut:
         raise ConfigError(
             "config.mesh",
-            f"fsdp={mesh.fsdp}, tensor={mesh.tensor} with determinism='elastic'",
-            "Elastic mode computes whole micro-batches on one device each: set both to 1.",
+            f"{', '.join(f'{name}={size}' for name, size in cut.items())} with determinism='elastic'",
+            "Elastic mode computes whole micro-batches on one device each: set all but data to 1.",
         )
 
 

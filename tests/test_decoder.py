@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nanollama.config import ComputeConfig, ModelConfig
-from nanollama.models import decoder as decoder_module
+from nanollama.models import attention as attention_module
 from nanollama.models.decoder import Decoder, head, init_cache, init_params
 from nanollama.ops.attention import MaskSpec, attend
 from nanollama.ops.losses import cross_entropy_sums
@@ -115,7 +115,7 @@ def test_packed_logits_and_gradients_equal_stand_alone_ones(backend: str) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_that_ignores_documents_is_caught(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "attend", ignores_documents)
+    monkeypatch.setattr(attention_module, "attend", ignores_documents)
     with pytest.raises(AssertionError):
         check_packing(backend, gradients=False)
 
@@ -165,7 +165,7 @@ def test_no_gradient_from_the_future_or_other_documents(backend: str) -> None:
 
 @pytest.mark.parametrize("mutant", [ignores_documents, sees_the_next_token])
 def test_leaks_are_caught(mutant: Callable[..., jax.Array], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "attend", mutant)
+    monkeypatch.setattr(attention_module, "attend", mutant)
     with pytest.raises(AssertionError):
         check_influence("reference")
 

@@ -57,17 +57,14 @@ def test_rms_norm_mutants_are_caught() -> None:
 
 
 def check_swiglu(function: Callable[..., jax.Array]) -> None:
-    x, gate, up, down = (
-        np.asarray(normal(i, *s), np.float64) for i, s in enumerate([(5, 6), (6, 7), (6, 7), (7, 6)])
-    )
-    z = x @ gate
-    close(function(*map(jnp.float32, (x, gate, up, down))), (z / (1 + np.exp(-z)) * (x @ up)) @ down, 1e-5)
+    gate, up = (np.asarray(normal(i, 5, 7), np.float64) for i in range(2))
+    close(function(*map(jnp.float32, (gate, up))), gate / (1 + np.exp(-gate)) * up, 1e-5)
 
 
 def test_swiglu_is_its_formula() -> None:
     check_swiglu(swiglu)
     with pytest.raises(AssertionError):  # gate and up swapped, the usual slip when weights are converted
-        check_swiglu(lambda x, gate, up, down: swiglu(x, up, gate, down))
+        check_swiglu(lambda gate, up: swiglu(up, gate))
 
 
 # --- rope
@@ -131,15 +128,15 @@ def test_rope_scores_depend_on_distance_only() -> None:
 
 
 def attention_twin(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, first_key: np.ndarray, start: int
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, first_key: np.ndarray, start: int, scale: float | None = None
 ) -> np.ndarray:
     """Full attention with repeated KV heads, a loop over queries, float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros_like(q)
+    out = np.zeros((*q.shape[:3], v.shape[3]))
     for b, t, h in np.ndindex(q.shape[:3]):
         group = h // (q.shape[2] // k.shape[2])
         keys = slice(first_key[b, t], start + t + 1)
-        scores = k[b, keys, group] @ q[b, t, h] / np.sqrt(q.shape[-1])
+        scores = k[b, keys, group] @ q[b, t, h] * (q.shape[-1] ** -0.5 if scale is None else scale)
         weights = np.exp(scores - scores.max())
         out[b, t, h] = weights / weights.sum() @ v[b, keys, group]
     return out
@@ -220,6 +217,24 @@ def test_attention_gradients_equal_the_reference(cached: bool) -> None:
         close(got, wanted, 2e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_may_be_narrower_than_keys_and_the_scale_another(backend: str) -> None:
+    """As latent attention (MLA) has it."""
+    q, k, v = normal(1, 2, 70, 4, 12), normal(2, 2, 70, 2, 12), normal(3, 2, 70, 2, 8)
+    first_key = documents(2, 70)
+    mask, cotangent = MaskSpec(jnp.asarray(first_key)), normal(4, 2, 70, 4, 8)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, backend: str) -> tuple[jax.Array, jax.Array]:
+        out = attend(q, k, v, mask, backend=backend, scale=0.2)
+        return jnp.sum(out * cotangent), out
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), static_argnums=3)
+    (_, out), gradients = run(q, k, v, backend)
+    close(out, attention_twin(*map(np.asarray, (q, k, v)), first_key, 0, 0.2), 2e-5)
+    for got, wanted in zip(gradients, run(q, k, v, "reference")[1], strict=True):
+        close(got, wanted, 2e-5)
+
+
 def test_attention_in_bfloat16_stays_near_float32() -> None:
     q, k, v = normal(1, 1, 65, 4, 16), normal(2, 1, 65, 2, 16), normal(3, 1, 65, 2, 16)
     mask = MaskSpec(jnp.asarray(documents(1, 65)))
@@ -236,6 +251,8 @@ def test_attention_refuses_what_it_cannot_do() -> None:
         attend(q, k, k, mask)
     with pytest.raises(ValueError, match=r"2 queries and 5 keys need mask\.query_start"):
         attend(jnp.zeros((1, 2, 4, 4)), jnp.zeros((1, 5, 2, 4)), jnp.zeros((1, 5, 2, 4)), mask)
+    with pytest.raises(ValueError, match="disagree: q and k share their head dim"):
+        attend(k, k[..., :3], k, mask)
     with pytest.raises(ValueError, match="unknown backend 'flash'"):
         attend(k, k, k, mask, backend="flash")
 

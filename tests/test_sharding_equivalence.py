@@ -97,3 +97,11 @@ def test_optimizer_state_lies_beside_its_parameters(config):
             assert (x.shape, x.sharding) == (params[name].shape, params[name].sharding)
             moments += 1
     assert moments == {"adamw": 2 * 12, "muon": 2 * 5 + 7}[config.optimizer.name]
+
+
+def test_the_expert_axis_holds_rows_too():
+    """In a model without experts it is another data axis."""
+    gradients, sums = Training(CONFIG, MeshConfig(data=2, expert=4)).gradient(random_batch(0, rows=16))
+    expected_gradients, expected_sums = single_device_gradient()
+    assert_close(sums, expected_sums, 1e-6)
+    assert_close(gradients, expected_gradients, 5e-6)

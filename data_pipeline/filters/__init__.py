@@ -8,14 +8,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.filters.base import Batch, Filter, Judgement, filter_key, make_batch
+from data_pipeline.filters.c4 import C4Filter
 from data_pipeline.filters.exact_duplicate import ExactDuplicateFilter
+from data_pipeline.filters.fineweb import FineWebFilter
+from data_pipeline.filters.gopher_quality import GopherQualityFilter
+from data_pipeline.filters.gopher_repetition import GopherRepetitionFilter
+from data_pipeline.filters.heuristics import HeuristicsFilter
 from data_pipeline.filters.length import LengthFilter
 from nanollama.data.strict import FieldError, from_mapping, nearest
 
 __all__ = ["FILTERS", "Batch", "ExactDuplicateFilter", "Filter", "Judgement", "LengthFilter", "filter_key",
            "make_batch", "make_filter"]
 
-FILTERS: dict[str, type[Filter]] = {"length": LengthFilter, "exact_duplicate": ExactDuplicateFilter}
+FILTERS: dict[str, type[Filter]] = {
+    "length": LengthFilter,
+    "exact_duplicate": ExactDuplicateFilter,
+    "heuristics": HeuristicsFilter,
+    "gopher_quality": GopherQualityFilter,
+    "gopher_repetition": GopherRepetitionFilter,
+    "c4": C4Filter,
+    "fineweb": FineWebFilter,
+}
 
 
 def make_filter(mapping: Any, where: str) -> Filter:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import polars as pl
 
+from data_pipeline.filters.words import Definition, WordTable, word_table
 from data_pipeline.text.words import WordHashes, word_hashes
 from nanollama.data.strict import to_mapping
 
@@ -27,9 +28,21 @@ class Batch:
         if not len(self.ids) == len(self.text) == len(self.meta):
             raise ValueError(f"columns of {len(self.ids)} ids, {len(self.text)} texts and {len(self.meta)} "
                              "meta are not aligned: give one of each per document.")
+        if self.text.null_count():
+            raise ValueError(f"{self.text.null_count()} documents have no text: leave them out before filtering.")
 
     def __len__(self) -> int:
         return len(self.text)
+
+    def word_table(self, definition: Definition) -> WordTable:
+        """The words of the texts, made once for all filters that ask."""
+        if definition not in self._tables:
+            self._tables[definition] = word_table(self.text, definition)
+        return self._tables[definition]
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, WordTable]:
+        return {}
 
     @functools.cached_property
     def words(self) -> WordHashes:

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import ComputeConfig, ModelConfig
-from nanollama.ops.attention import MaskSpec, attend, slide
-from nanollama.ops.mlp import swiglu
+from nanollama.models.attention import Context, grouped_query_attention
+from nanollama.models.feed_forward import gated_feed_forward
+from nanollama.models.linear import norm_scale, normal, parameter
+from nanollama.ops.attention import MaskSpec
 from nanollama.ops.norms import rms_norm
-from nanollama.ops.rope import apply_rope, rope_tables
+from nanollama.ops.rope import rope_tables
 from nanollama.parallel.mesh import constrain
 
 Params = dict[str, Any]
@@ -33,26 +35,11 @@ class Cache(NamedTuple):
     write_index: jax.Array  # int32 scalar: key index of the next query
 
 
-class Context(NamedTuple):
-    """What every layer reads alike."""
-
-    cos_BTC: jax.Array
-    sin_BTC: jax.Array
-    mask: MaskSpec  # of a layer that sees all of its document
-
-
-def _normal(std: float) -> nn.initializers.Initializer:
-    return nn.initializers.normal(stddev=std)
-
-
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
 
     model: ModelConfig
     compute: ComputeConfig
-
-    def _param(self, name: str, axes: tuple[str, ...], shape: tuple[int, ...], init: Any) -> jax.Array:
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
     @nn.compact
     def __call__(
@@ -62,56 +49,17 @@ class Block(nn.Module):
         window: jax.Array | None,
         context: Context,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        m, dtype = self.model, x_BTD.dtype
-        D, H, G, K, F = m.hidden_size, m.num_heads, m.num_kv_heads, m.head_dim, m.intermediate_size
-        std, residual_std = _normal(m.init_std), _normal(m.init_std * (2 * m.num_layers) ** -0.5)
-        attention_norm = self._param("attention_norm", ("norm",), (D,), nn.initializers.ones)
-        query = self._param("query", ("embed", "heads", "head_dim"), (D, H, K), std).astype(dtype)
-        key = self._param("key", ("embed", "kv_heads", "head_dim"), (D, G, K), std).astype(dtype)
-        value = self._param("value", ("embed", "kv_heads", "head_dim"), (D, G, K), std).astype(dtype)
-        output = self._param("output", ("heads", "head_dim", "embed"), (H, K, D), residual_std).astype(dtype)
-        mlp_norm = self._param("mlp_norm", ("norm",), (D,), nn.initializers.ones)
-        gate = self._param("gate", ("embed", "ffn"), (D, F), std).astype(dtype)
-        up = self._param("up", ("embed", "ffn"), (D, F), std).astype(dtype)
-        down = self._param("down", ("ffn", "embed"), (F, D), residual_std).astype(dtype)
-
-        B, T, _ = x_BTD.shape
+        m, (B, T, D) = self.model, x_BTD.shape
+        x_ND = x_BTD.reshape(B * T, D)
         with jax.named_scope("attention"):
-            x_ND = x_BTD.reshape(B * T, D)
-            h_ND = rms_norm(x_ND, attention_norm, m.norm_eps)
-            q_BTHK = (h_ND @ query.reshape(D, H * K)).reshape(B, T, H, K)
-            k_BTGK = (h_ND @ key.reshape(D, G * K)).reshape(B, T, G, K)
-            v_BTGK = (h_ND @ value.reshape(D, G * K)).reshape(B, T, G, K)
-            if m.qkv_bias:
-                zeros = nn.initializers.zeros
-                q_BTHK += self._param("query_bias", ("heads", "head_dim"), (H, K), zeros).astype(dtype)
-                k_BTGK += self._param("key_bias", ("kv_heads", "head_dim"), (G, K), zeros).astype(dtype)
-                v_BTGK += self._param("value_bias", ("kv_heads", "head_dim"), (G, K), zeros).astype(dtype)
-            q_BTHK = constrain(q_BTHK, "batch", None, "heads", None)
-            k_BTGK = constrain(k_BTGK, "batch", None, "kv_heads", None)
-            v_BTGK = constrain(v_BTGK, "batch", None, "kv_heads", None)
-            if m.qk_norm:
-                query_norm = self._param("query_norm", ("norm",), (K,), nn.initializers.ones)
-                key_norm = self._param("key_norm", ("norm",), (K,), nn.initializers.ones)
-                q_BTHK = rms_norm(q_BTHK, query_norm, m.norm_eps)
-                k_BTGK = rms_norm(k_BTGK, key_norm, m.norm_eps)
-            q_BTHK = apply_rope(q_BTHK, context.cos_BTC, context.sin_BTC)
-            k_BSGK, v_BSGK = apply_rope(k_BTGK, context.cos_BTC, context.sin_BTC), v_BTGK
-            if cache_BSGK is not None:
-                k_BSGK, v_BSGK = cache_BSGK = (
-                    _write(cache_BSGK[0], k_BSGK, context.mask.query_start),
-                    _write(cache_BSGK[1], v_BSGK, context.mask.query_start),
-                )
-            a_BTHK = attend(
-                q_BTHK,
-                k_BSGK.astype(dtype),
-                v_BSGK.astype(dtype),
-                context.mask if window is None else slide(context.mask, window),
-                backend=self.compute.attention,
+            h_ND = rms_norm(x_ND, norm_scale(self, "attention_norm", D), m.norm_eps)
+            a_ND, cache_BSGK = grouped_query_attention(
+                self, m, h_ND, cache_BSGK, window, context, backend=self.compute.attention
             )
-            x_ND = x_ND + a_BTHK.reshape(B * T, H * K) @ output.reshape(H * K, D)
+            x_ND = x_ND + a_ND
         with jax.named_scope("mlp"):
-            x_ND = x_ND + swiglu(rms_norm(x_ND, mlp_norm, m.norm_eps), gate, up, down)
+            h_ND = rms_norm(x_ND, norm_scale(self, "mlp_norm", D), m.norm_eps)
+            x_ND = x_ND + gated_feed_forward(self, m, h_ND)
         return constrain(x_ND.reshape(B, T, D), "batch", None, "activation_embed"), cache_BSGK
 
 
@@ -135,19 +83,9 @@ class Decoder(nn.Module):
         """
         m, dtype = self.model, jnp.dtype(self.compute.dtype)
         V, D = m.vocab_size, m.hidden_size
-        embedding_VD = self.param(
-            "embedding",
-            nn.with_logical_partitioning(_normal(m.init_std), ("vocab", "embed")),
-            (V, D),
-            jnp.float32,
-        )
+        embedding_VD = parameter(self, "embedding", ("vocab", "embed"), (V, D), normal(m.init_std))
         if not m.tie_embeddings:  # declared here, used by `head`
-            self.param(
-                "head",
-                nn.with_logical_partitioning(_normal(m.init_std), ("embed", "vocab")),
-                (D, V),
-                jnp.float32,
-            )
+            parameter(self, "head", ("embed", "vocab"), (D, V), normal(m.init_std))
         # Whole rows before the lookup: a gather from rows cut over fsdp makes XLA replicate its result and gradient.
         rows_VD = constrain(embedding_VD, "vocab", "activation_embed")
         x_BTD = constrain(rows_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
@@ -163,10 +101,7 @@ class Decoder(nn.Module):
             x_BTD, keys_values = layers(x_BTD, keys_values, _windows(m), context)
             if cache is not None:
                 cache = Cache(keys_values[0], keys_values[1], cache.write_index + tokens_BT.shape[1])
-        scale_D = self.param(
-            "final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (D,), jnp.float32
-        )
-        return rms_norm(x_BTD, scale_D, m.norm_eps), cache
+        return rms_norm(x_BTD, norm_scale(self, "final_norm", D), m.norm_eps), cache
 
     def _apart(
         self, x_BTD: jax.Array, cache: Cache | None, context: Context
@@ -225,10 +160,6 @@ def _windows(model: ModelConfig) -> jax.Array | None:
         return None
     full = jnp.arange(model.num_layers) < model.full_attention_layers
     return jnp.where(full, jnp.iinfo(jnp.int32).max, model.sliding_window)
-
-
-def _write(cache_BSGK: jax.Array, new_BTGK: jax.Array, index: Any) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(cache_BSGK, new_BTGK.astype(cache_BSGK.dtype), index, axis=1)
 
 
 def _stack(model: ModelConfig, compute: ComputeConfig) -> Any:

@@ -14,11 +14,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from nanollama.config import ConfigError, MeshConfig
 from nanollama.data.strict import nearest
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")  # the fields of MeshConfig; neighbours along the last are nearest
+BATCH_AXES = ("data", "fsdp", "expert")  # each device along them has its own rows
 
 # Logical axis -> mesh axes its dimension is cut over. None = whole on every device.
 RULES: dict[str, tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "length": None,
     "embed": ("fsdp",),
     "activation_embed": None,
@@ -26,6 +27,9 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "kv_heads": ("tensor",),
     "head_dim": None,
     "ffn": ("tensor",),
+    "expert": ("expert",),
+    "router": None,  # the router's outputs, one per expert
+    "latent": None,  # what latent attention compresses to
     "vocab": ("tensor",),
     "layers": None,
     "norm": None,
@@ -37,12 +41,12 @@ _REPLICATE_IF_INDIVISIBLE = {"kv_heads"}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with axes data, fsdp, tensor over `devices` (default: all).
+    """Mesh with the axes of MeshConfig over `devices` (default: all).
 
     Errors: ConfigError when the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, axis) for axis in AXES]
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         if len(devices) % known:
@@ -55,7 +59,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) > len(devices):
         raise ConfigError(
             "config.mesh",
-            f"data x fsdp x tensor = {' x '.join(map(str, sizes))} needs {math.prod(sizes)} devices, "
+            f"{' x '.join(AXES)} = {' x '.join(map(str, sizes))} needs {math.prod(sizes)} devices, "
             f"{len(devices)} are there",
             "Lower a size, or set one to -1 to take what is there.",
         )
@@ -101,8 +105,8 @@ def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Na
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, positions whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+    """Rows over BATCH_AXES, positions whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

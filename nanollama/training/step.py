@@ -7,6 +7,7 @@ the same bits on any number of devices.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from nanollama.data.files import DataError
 from nanollama.models.decoder import Decoder
 from nanollama.objectives import next_token
 from nanollama.ops.losses import LossSums
-from nanollama.parallel.mesh import batch_sharding
+from nanollama.parallel.mesh import BATCH_AXES, batch_sharding
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import TrainState
 
@@ -74,7 +75,7 @@ def make_eval_step(config: Config, decoder: Decoder, mesh: Mesh, shardings: Trai
 
 
 def put_batch(arrays: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> Batch:
-    """Rows of this process, cut over data and fsdp; other keys than KEYS stay on the host.
+    """Rows of this process, cut over the mesh's batch axes; other keys than KEYS stay on the host.
 
     Errors: DataError when no token of them has a weight: their mean loss would be 0 / 0.
     """
@@ -96,11 +97,11 @@ def check_weights(arrays: Mapping[str, np.ndarray]) -> None:
 def check_rows(config: Config, mesh: Mesh) -> None:
     """Rows must divide into micro-batches, and each micro-batch's rows over the devices."""
     rows, micro_batches = config.batch.global_rows, config.batch.micro_batches
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % (micro_batches * devices):
         raise ConfigError(
             "config.batch.global_rows",
-            f"{rows} is not divisible by micro_batches={micro_batches} x data*fsdp={devices}",
+            f"{rows} is not divisible by micro_batches={micro_batches} x {'*'.join(BATCH_AXES)}={devices}",
             f"Use a multiple of {micro_batches * devices}, or fewer micro-batches.",
         )
 
