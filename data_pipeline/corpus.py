@@ -1,80 +1,115 @@
-"""`python -m data_pipeline.corpus --config=MIX.yaml --output=DIR`: a mixture becomes JSONL shards.
+"""`python -m data_pipeline.corpus --config=MIX.yaml --output=DIR`: a mixture becomes a corpus.
 
-Owns the order of the work: check everything, read each dataset once (a finished dataset is not read again
-after a kill), put the result in place with the manifest last. The same inputs give the same bytes.
+Owns the order of the work: check everything, download (sources to raw shards), curate (filters, duplicates,
+contamination), select, sample, and write the documents once, the manifest last. Every stage is made of parts named by
+a hash of what decides them: a finished part is never made again, a stale one never used. The same inputs give the
+same bytes, whatever was killed on the way and however many processes share the work.
+
+DIR/shards and DIR/manifest.json are the corpus; DIR/decisions holds what every stage said of every row
+(`data_pipeline.explain` reads it); DIR/.cache what a later run can use again: delete it when the disk is needed.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import os
 import platform
 import shutil
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import cards, corpus_format
+from data_pipeline import account, cards, corpus_format, whole
+from data_pipeline.account import Counts
 from data_pipeline.config import DatasetConfig, MixtureConfig, load_mixture, mixture_mapping
-from data_pipeline.corpus_format import ShardWriter
-from data_pipeline.documents import Bad
+from data_pipeline.curate import filter_plans, filter_task, judge_shard
+from data_pipeline.download import ReadResult, ReadTask, read_part, read_so_far, read_task, reads_head, shards_of
+from data_pipeline.materialise import DropsTask, plan_outputs, write_drops, write_output
 from data_pipeline.progress import Progress
-from data_pipeline.selection import OVER_CAP, Counts, Dropped, Kept, select
-from data_pipeline.sources import Source, open_source
-from data_pipeline.stage import WORK, code_version, command, disk_full_explained, finished, work_directory
-from nanollama.data.files import (
-    DataError,
-    Lock,
-    read_json,
-    sha256_file,
-    sha256_json,
-    write_atomic,
-    write_json,
-)
+from data_pipeline.sampling import sample
+from data_pipeline.shards import Facts, Shard, text_facts
+from data_pipeline.sources import Input, Part, open_source
+from data_pipeline.stage import WORK, code_version, command, disk_full_explained, finished
+from data_pipeline.workers import ENGINES, Executor, open_executor
+from nanollama.data.files import DataError, Lock, sha256_file, sha256_json, write_atomic, write_json
 
-STAGE_VERSION = 1  # raise it when the same inputs would give other bytes
+STAGE_VERSION = 2  # raise it when the same inputs would give other bytes
+STEPS = ("download", "curate", "select", "sample", "full")
+DECISIONS, CACHE, INDEX = "decisions", ".cache", "decisions/index.json"
 LISTED_INPUTS = 100  # a manifest names the inputs one by one up to this many
 SHOWN_DROPS = 5  # bad rows printed per dataset; all are in dropped.jsonl
+SMALL_BYTES = 50_000_000  # below, starting worker processes takes longer than they save
 
 
 def build_corpus(config: str | os.PathLike[str],
                  output: str | os.PathLike[str],
                  *,
+                 step: str = "full",
                  analyze_only: bool = False,
-                 limit_mb: float | None = None) -> dict[str, Any]:
+                 limit_mb: float | None = None,
+                 workers: int | None = None,
+                 engine: str = "local") -> dict[str, Any]:
     """Make the corpus of the mixture file `config` in `output`; returns its manifest.
 
-    `analyze_only` reads and counts all, and writes nothing. `limit_mb` takes only the first megabytes of each
-    dataset, for a quick look. Errors: MixtureError, DataError.
+    `step` stops after that one (the manifest returned then has no shards, and none is written). `analyze_only` reads
+    and counts all, and writes nothing. `limit_mb` takes only the first megabytes of each dataset, for a quick look.
+    `workers` defaults to the processors, or to one for little text. Errors: MixtureError, DataError.
     """
+    if step not in STEPS:
+        raise DataError(f"--step={step}: known are {', '.join(STEPS)}.")
+    if engine not in ENGINES:
+        raise DataError(f"--engine={engine}: known are {', '.join(ENGINES)}.")
     mixture = load_mixture(config)
     if limit_mb is not None:
         mixture = _limited(mixture, limit_mb)
-    sources = [open_source(dataset) for dataset in mixture.datasets]
-    inputs = [_inputs(source) for source in sources]
-    head: dict[str, Any] = {
-        "schema_version": corpus_format.SCHEMA_VERSION, "kind": "corpus", "fingerprint": "", "mixture": {
-            "file": Path(config).name, "sha256": sha256_json(mixture_mapping(mixture)),
-            "config": mixture_mapping(mixture)
-        }, "code": code_version(), "python": platform.python_version()
-    }
-    head["fingerprint"] = sha256_json({
-        "stage": "corpus", "version": STAGE_VERSION, "mixture": head["mixture"]["sha256"],
-        "inputs": [row["sha256"] for row in inputs]
-    })
+    plan = _Plan.of(mixture, Path(config).name)
     if analyze_only:
-        return _analyze(mixture, sources, inputs, head)
+        with tempfile.TemporaryDirectory(prefix="nanollama-analyze-") as temporary:
+            return _build(plan, Path(temporary), "sample", workers, engine)
     output = Path(output)
     with Lock(output), disk_full_explained(output):
-        done = finished(output, corpus_format.MANIFEST, head["fingerprint"],
-                        lambda manifest: [*manifest["shards"], manifest["dropped"]])
-        if done is not None:
-            print(f"{output}: up to date, nothing to do", file=sys.stderr)
-            return done
-        work = work_directory(output, head["fingerprint"])
-        parts = _build_parts(mixture, sources, work)
-        return _put_in_place(output, work, head, mixture, inputs, parts)
+        if step == "full":
+            done = finished(output, corpus_format.MANIFEST, plan.head["fingerprint"],
+                            lambda manifest: [*manifest["shards"], manifest["dropped"], manifest["decisions"]])
+            if done is not None:
+                print(f"{output}: up to date, nothing to do", file=sys.stderr)
+                return done
+        return _build(plan, output, step, workers, engine)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is to be done, all of it known before the first row is read."""
+
+    mixture: MixtureConfig
+    parts: list[list[tuple[Part, list[Input]]]]  # per dataset
+    inputs: list[dict[str, Any]]  # per dataset, for the manifest
+    filters: dict[str, Any]  # dataset -> its FilterPlans
+    steps: tuple[whole.StepPlan, ...]
+    head: dict[str, Any]  # of the manifest
+
+    @classmethod
+    def of(cls, mixture: MixtureConfig, file: str) -> "_Plan":
+        parts = [[(part, part.inputs()) for part in open_source(dataset).parts()] for dataset in mixture.datasets]
+        inputs = [_inputs([row for _, rows in own for row in rows]) for own in parts]
+        filters = {dataset.name: filter_plans(dataset) for dataset in mixture.datasets}
+        steps = tuple(plan for section in ("deduplication", "decontamination", "selection")
+                      for plan in whole.step_plans(section, getattr(mixture, section)))
+        head: dict[str, Any] = {
+            "schema_version": corpus_format.SCHEMA_VERSION, "kind": "corpus", "fingerprint": "", "mixture": {
+                "file": file, "sha256": sha256_json(mixture_mapping(mixture)), "config": mixture_mapping(mixture)
+            }, "code": code_version(), "python": platform.python_version()
+        }
+        head["fingerprint"] = sha256_json({
+            "stage": "corpus", "version": STAGE_VERSION, "mixture": head["mixture"]["sha256"],
+            "inputs": [row["sha256"] for row in inputs], "steps": [plan.key for plan in steps],
+            "filters": {name: [plan.key for plan in plans] for name, plans in filters.items()}
+        })
+        return cls(mixture, parts, inputs, filters, steps, head)
 
 
 def _limited(mixture: MixtureConfig, limit_mb: float) -> MixtureConfig:
@@ -86,8 +121,7 @@ def _limited(mixture: MixtureConfig, limit_mb: float) -> MixtureConfig:
         for dataset in mixture.datasets))
 
 
-def _inputs(source: Source) -> dict[str, Any]:
-    rows = source.inputs()
+def _inputs(rows: Sequence[Input]) -> dict[str, Any]:
     digest = sha256_json([[row.path, row.bytes, row.sha256] for row in rows])
     result = {"count": len(rows), "bytes": sum(row.bytes for row in rows), "sha256": digest}
     if len(rows) <= LISTED_INPUTS:
@@ -95,112 +129,261 @@ def _inputs(source: Source) -> dict[str, Any]:
     return result
 
 
-def _build_parts(mixture: MixtureConfig, sources: list[Source], work: Path) -> list[dict[str, Any]]:
-    """The shards of every dataset in `work`; a dataset whose marker is there is taken as it is."""
-    if not (work / corpus_format.SHARDS).exists():
-        shutil.rmtree(work / "state", ignore_errors=True)  # markers without shards: killed while moving them
-    parts: list[dict[str, Any]] = []
-    seen: set[bytes] = set()
-    first = 0
-    with Progress("corpus") as progress:
-        for index, (dataset, source) in enumerate(zip(mixture.datasets, sources, strict=True)):
-            marker = work / "state" / f"{index:03d}.json"
-            if marker.exists():
-                digests = marker.with_suffix(".digests").read_bytes()
-                seen.update(digests[at:at + 16] for at in range(0, len(digests), 16))
-                part = read_json(marker)
-            else:
-                part = _build_part(dataset, source, seen, work, first, marker, progress)
-            parts.append(part)
-            first += len(part["shards"])
-    return parts
+def _build(plan: _Plan, output: Path, step: str, workers: int | None, engine: str) -> dict[str, Any]:
+    size = sum(row["bytes"] for row in plan.inputs)
+    if workers is None:
+        workers = 1 if size < SMALL_BYTES and engine == "local" else len(os.sched_getaffinity(0))
+    with Progress("corpus") as progress, open_executor(engine, workers) as executor:
+        run = _Run(plan, output, executor, progress)
+        shards = run.download() if step == "download" else run.curate()
+        if step in ("select", "sample", "full"):
+            shards = run.steps(shards, ("selection",))
+            run.account(shards)
+        if step in ("sample", "full"):
+            shards = sample(shards, plan.mixture.datasets, run.decisions)
+        counts, facts = run.account(shards)
+        manifest = {**plan.head, "datasets": _dataset_rows(plan, counts), "shards": []}
+        return run.finish(shards, facts, manifest) if step == "full" else manifest
 
 
-def _build_part(dataset: DatasetConfig, source: Source, seen: set[bytes], work: Path, first: int,
-                marker: Path, progress: Progress) -> dict[str, Any]:
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    digests = bytearray()
-    counts = Counts()
-    with (ShardWriter(work / corpus_format.SHARDS, first, dataset.name) as writer,
-          open(marker.with_suffix(".dropped"), "wb") as dropped):
-        for item in _counted(dataset, source, seen, counts, progress):
-            if isinstance(item, Kept):
-                writer.write(item.document)
-                digests += item.digest
-            elif item.reason != OVER_CAP:
-                row = {"dataset": dataset.name, "place": item.place.recorded, "reason": item.reason,
-                       "detail": item.detail, "id": item.id}
-                dropped.write((json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
-    write_atomic(marker.with_suffix(".digests"), bytes(digests))
-    part = {**dataclasses.asdict(counts), "shards": [dataclasses.asdict(shard) for shard in writer.shards]}
-    write_json(marker, part)
-    return part
+class _Run:
+    """One run of the command: where things are, and the steps."""
+
+    def __init__(self, plan: _Plan, output: Path, executor: Executor, progress: Progress):
+        self.plan, self.output, self.executor, self.progress = plan, output, executor, progress
+        self.datasets = plan.mixture.datasets
+        self.decisions, self.cache = output / DECISIONS, output / CACHE
+        self._shown: dict[str, int] = {}
+        self._wanted = {dataset.name: (dataset.max_bytes or 0) + 1 for dataset in self.datasets if reads_head(dataset)}
+        self._exhausted: dict[str, bool] = {}
+
+    def download(self) -> list[Shard]:
+        """Raw shards of all datasets, of capped heads as much as is wanted so far."""
+        tasks, owners = self._read_tasks()
+        results: dict[str, ReadResult] = {}
+        for dataset, mine in owners:  # a head is read part by part, and no further than wanted
+            if reads_head(dataset):
+                self._read_head(dataset, [tasks[key] for key in mine], results)
+        rest = [tasks[key] for key in dict.fromkeys(key for dataset, mine in owners for key in mine)
+                if key not in results and not reads_head(tasks[key].dataset)]
+        with _watched(rest, self.progress):
+            for number, result in self.executor.run(read_part, rest):
+                results[rest[number].key] = result
+        shards: list[Shard] = []
+        for dataset, mine in owners:
+            first = len(shards)
+            for key in mine:
+                if key in results:
+                    task = dataclasses.replace(tasks[key], dataset=dataset)  # two datasets may read the same part
+                    shards += shards_of(task, results[key].markers, len(shards) - first)
+            self._tell(dataset, [results[key] for key in mine if key in results], shards[first:])
+        self.account(shards)
+        return shards
+
+    def _read_tasks(self) -> tuple[dict[str, ReadTask], list[tuple[DatasetConfig, list[str]]]]:
+        tasks: dict[str, ReadTask] = {}
+        owners = []
+        for dataset, parts in zip(self.datasets, self.plan.parts, strict=True):
+            mine = [read_task(dataset, part, inputs, self.cache / "raw") for part, inputs in parts]
+            owners.append((dataset, [task.key for task in mine]))
+            for task in mine:
+                tasks.setdefault(task.key, task)
+        return tasks, owners
+
+    def _read_head(self, dataset: DatasetConfig, tasks: list[ReadTask], results: dict[str, ReadResult]) -> None:
+        left = self._wanted[dataset.name]
+        self._exhausted[dataset.name] = True
+        for task in tasks:
+            if left <= 0:
+                self._exhausted[dataset.name] = False
+                return
+            [(_, result)] = self.executor.run(read_part, [dataclasses.replace(task, wanted=left)])
+            results[task.key] = result
+            left -= sum(marker["bytes"] for marker in result.markers)
+            self._exhausted[dataset.name] = result.exhausted
+
+    def _tell(self, dataset: DatasetConfig, results: list[ReadResult], shards: list[Shard]) -> None:
+        for text in [text for result in results for text in result.shown][:SHOWN_DROPS]:
+            if self._shown.setdefault(dataset.name, 0) < SHOWN_DROPS:
+                self._shown[dataset.name] += 1
+                print(f"{dataset.name}: skipped {text}", file=sys.stderr)
+        bad = sum(count for result in results for marker in result.markers for count in marker["bad"].values())
+        if any(result.shown for result in results) and bad > SHOWN_DROPS:
+            print(f"{dataset.name}: {bad:,} bad rows skipped in all, see {corpus_format.DROPPED}", file=sys.stderr)
+        size = sum(marker["bytes"] for result in results for marker in result.markers)
+        self.progress.update(dataset.name, 1.0, f"{sum(shard.rows for shard in shards):,} rows, {cards.size(size)}",
+                             force=True)
+
+    def curate(self) -> list[Shard]:
+        """Shards after filters, duplicates and decontamination."""
+        while True:
+            shards = self._filter(self.download())
+            if not self._read_on(shards):
+                break
+        self.account(shards)
+        shards = whole.drop_repeated_ids(shards, self.datasets, self.decisions)
+        self._stop_at_repeated_ids(shards)
+        shards = whole.drop_repeated_texts(shards, self.datasets, self.decisions)
+        return self.steps(shards, ("deduplication", "decontamination"))
+
+    def _filter(self, shards: list[Shard]) -> list[Shard]:
+        made = [filter_task(shard, self.plan.filters[shard.dataset], self.decisions, self.cache / "texts")
+                for shard in shards]
+        tasks = [task for task, _ in made if task.plans]
+        for _, _ in self._shown_run("filtering", judge_shard, tasks, [task.shard.rows for task in tasks]):
+            pass
+        return [after for _, after in made]
+
+    def _read_on(self, shards: list[Shard]) -> bool:
+        """Whether a capped head lost so much to its filters that more of it must be read."""
+        more = False
+        for dataset in self.datasets:
+            if not reads_head(dataset) or self._exhausted[dataset.name] or dataset.max_bytes is None:
+                continue
+            mine = [shard for shard in shards if shard.dataset == dataset.name]
+            kept = sum(int(text_facts(shard).bytes.sum()) for shard in mine)
+            if kept <= dataset.max_bytes:
+                raw = self._wanted[dataset.name]
+                factor = min(4.0, 1.2 * dataset.max_bytes / max(kept, 1))
+                self._wanted[dataset.name] = max(raw + 1, int(raw * max(factor, 1.05)))
+                more = True
+        return more
+
+    def _stop_at_repeated_ids(self, shards: list[Shard]) -> None:
+        for dataset in self.datasets:
+            if dataset.on_error == "stop" and dataset.id_field is not None:
+                mine = [shard for shard in shards if shard.dataset == dataset.name]
+                counts = account.count(dataset, mine, [text_facts(shard) for shard in mine])
+                if counts.dropped.get(whole.DUPLICATE_ID):
+                    raise DataError(f"dataset {dataset.name}: {counts.dropped[whole.DUPLICATE_ID]} documents have an "
+                                    f"id ({dataset.id_field}) that came before. Mend the rows, or set on_error: skip.")
+
+    def steps(self, shards: list[Shard], sections: tuple[str, ...]) -> list[Shard]:
+        """Shards after the whole-corpus steps of `sections`."""
+        for plan in [plan for plan in self.plan.steps if plan.section in sections]:
+            done = 0
+
+            def report(number: int, name: str = plan.type, total: int = len(shards)) -> None:
+                nonlocal done
+                done += 1
+                self.progress.update(name, done / total, f"{done} of {total} shards")
+
+            shards = whole.run_step(plan, shards, self.datasets, self.executor, self.decisions, self.cache, report)
+            self.progress.update(plan.type, 1.0, f"{len(shards)} shards", force=True)
+            self.account(shards)
+        return shards
+
+    def account(self, shards: list[Shard]) -> tuple[list[Counts], list[Facts]]:
+        """Counts per dataset, checked, and facts per shard."""
+        facts = [text_facts(shard) for shard in shards]
+        counts = []
+        for dataset in self.datasets:
+            mine = [number for number, shard in enumerate(shards) if shard.dataset == dataset.name]
+            counts.append(account.count(dataset, [shards[number] for number in mine],
+                                        [facts[number] for number in mine]))
+        return counts, facts
+
+    def finish(self, shards: list[Shard], facts: list[Facts], manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write the documents, move them into place, the manifest last. The earlier corpus is whole until then."""
+        if sum(row["kept"] for row in manifest["datasets"]) == 0:
+            raise DataError(
+                f"{self.output}: the corpus is empty: no document of any dataset was kept.\n"
+                f"{cards.drops_table(manifest)}\nCheck text_field, format and filters of the mixture.")
+        outputs = plan_outputs(shards, facts, self.cache / "corpus")
+        drops = [DropsTask(shard, str(self.cache / "drops" / f"{shard.key[:32]}.jsonl")) for shard in shards]
+        written: dict[int, dict[str, Any]] = {}
+        for number, result in self._shown_run("writing", write_output, outputs, [1] * len(outputs)):
+            written[number] = result
+        for _ in self.executor.run(write_drops, drops):
+            pass
+        (self.output / corpus_format.MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.output / corpus_format.SHARDS, ignore_errors=True)
+        (self.output / corpus_format.SHARDS).mkdir(parents=True)
+        for number, task in enumerate(outputs):
+            name = f"{corpus_format.SHARDS}/part-{number:05d}.jsonl"
+            os.replace(task.path, self.output / name)
+            manifest["shards"].append({"path": name, "dataset": task.dataset, **written[number]})
+        dropped = self.output / corpus_format.DROPPED
+        _joined([Path(task.path) for task in drops], dropped)
+        manifest["dropped"] = {"path": corpus_format.DROPPED, "sha256": sha256_file(dropped)}
+        write_json(self.output / INDEX, self._index(shards))
+        manifest["decisions"] = {"path": INDEX, "sha256": sha256_file(self.output / INDEX)}
+        write_atomic(self.output / corpus_format.CARD, cards.corpus_card(manifest))
+        self._tidy(shards)
+        write_json(self.output / corpus_format.MANIFEST, manifest)
+        return manifest
+
+    def _index(self, shards: list[Shard]) -> dict[str, Any]:
+        """Where the decisions about every document are, for `data_pipeline.explain`."""
+        def relative(path: str) -> str:
+            return os.path.relpath(path, self.output)
+
+        return {"schema_version": 1, "shards": [
+            {"dataset": shard.dataset, "number": shard.number, "rows": shard.rows, "raw": relative(shard.path),
+             "stages": [{"stage": sidecar.stage, "section": sidecar.section, "path": relative(sidecar.path)}
+                        for sidecar in shard.sidecars]}
+            for shard in shards]}
+
+    def _tidy(self, shards: list[Shard]) -> None:
+        """Remove what this corpus was not made from, and what can only be used once."""
+        sidecars = [sidecar for shard in shards for sidecar in shard.sidecars]
+        kept = {Path(sidecar.path) for sidecar in sidecars} | {self.output / INDEX}
+        kept |= {Path(sidecar.texts) for sidecar in sidecars if sidecar.texts}
+        folders = {Path(shard.path).parent for shard in shards}
+        for root in (self.decisions, self.cache):
+            for path in sorted(root.rglob("*"), reverse=True):
+                if path.is_dir():
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+                elif path not in kept and path.parent not in folders:
+                    path.unlink(missing_ok=True)
+        shutil.rmtree(self.output / WORK, ignore_errors=True)  # of earlier versions
+
+    def _shown_run(self, label: str, function: Callable[[Any], Any], tasks: Sequence[Any],
+                   sizes: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        done = 0
+        for number, result in self.executor.run(function, tasks):
+            done += sizes[number]
+            self.progress.update(label, done / max(1, sum(sizes)), f"{done:,} of {sum(sizes):,}")
+            yield number, result
 
 
-def _counted(dataset: DatasetConfig, source: Source, seen: set[bytes], counts: Counts,
-             progress: Progress) -> Any:
-    """The selection's items, counted, checked at the end, with progress and the first bad rows shown."""
-    shown = 0
-    for item in select(dataset, source, seen, counts):
-        counts.add(item)
-        if isinstance(item, Dropped) and item.id is None:
-            shown += 1
-            if shown <= SHOWN_DROPS:
-                bad = Bad(item.place, item.reason, item.detail)
-                print(f"{dataset.name}: skipped {bad}", file=sys.stderr)
-        share = min(1.0, source.bytes_read / source.total_bytes) if source.total_bytes else None
-        progress.update(dataset.name, share, f"{counts.kept:,} documents, {cards.size(counts.bytes)}")
-        yield item
-    if shown > SHOWN_DROPS:
-        print(f"{dataset.name}: {shown:,} bad rows skipped in all, see {corpus_format.DROPPED}",
-              file=sys.stderr)
-    counts.check(dataset)
-    progress.update(dataset.name, 1.0, f"{counts.kept:,} documents, {cards.size(counts.bytes)}", force=True)
+@contextlib.contextmanager
+def _watched(tasks: list[ReadTask], progress: Progress) -> Iterator[None]:
+    """While tasks are read somewhere, show how far the markers of finished shards are."""
+    total = sum(task.part.bytes for task in tasks)
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(2.0):
+            done = sum(read_so_far(task) for task in tasks)
+            progress.update("reading", min(1.0, done / total) if total else None, cards.size(done))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
-def _put_in_place(output: Path, work: Path, head: dict[str, Any], mixture: MixtureConfig,
-                  inputs: list[dict[str, Any]], parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Move the finished shards into `output`, the manifest last. The earlier corpus is whole until here."""
-    manifest = _manifest(head, mixture, inputs, parts)
-    if sum(row["kept"] for row in manifest["datasets"]) == 0:
-        raise DataError(
-            f"{output}: the corpus is empty: no document of any dataset was kept.\n"
-            f"{cards.drops_table(manifest)}\nCheck text_field, format and filters of the mixture.")
-    (output / corpus_format.MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(output / corpus_format.SHARDS, ignore_errors=True)
-    os.replace(work / corpus_format.SHARDS, output / corpus_format.SHARDS)
-    with open(work / corpus_format.DROPPED, "wb") as dropped:
-        for index in range(len(parts)):
-            with open(work / "state" / f"{index:03d}.dropped", "rb") as part:
-                shutil.copyfileobj(part, dropped)
-    os.replace(work / corpus_format.DROPPED, output / corpus_format.DROPPED)
-    manifest["dropped"] = {"path": corpus_format.DROPPED, "sha256": sha256_file(output / corpus_format.DROPPED)}
-    write_atomic(output / corpus_format.CARD, cards.corpus_card(manifest))
-    write_json(output / corpus_format.MANIFEST, manifest)
-    shutil.rmtree(output / WORK, ignore_errors=True)
-    return manifest
+def _joined(parts: Sequence[Path], target: Path) -> None:
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as joined:
+        for path in parts:
+            with open(path, "rb") as part:
+                shutil.copyfileobj(part, joined)
+        joined.flush()
+        os.fsync(joined.fileno())
+    os.replace(temporary, target)
 
 
-def _manifest(head: dict[str, Any], mixture: MixtureConfig, inputs: list[dict[str, Any]],
-              parts: list[dict[str, Any]]) -> dict[str, Any]:
-    datasets = []
-    for dataset, row, part in zip(mixture.datasets, inputs, parts, strict=True):
-        counts = {key: part[key] for key in ("rows_in", "kept", "bytes", "characters", "dropped")}
-        datasets.append({"name": dataset.name, "mix_ratio": dataset.mix_ratio, **counts, "inputs": row})
-    return {**head, "datasets": datasets, "shards": [shard for part in parts for shard in part["shards"]]}
-
-
-def _analyze(mixture: MixtureConfig, sources: list[Source], inputs: list[dict[str, Any]],
-             head: dict[str, Any]) -> dict[str, Any]:
-    seen: set[bytes] = set()
-    parts = []
-    with Progress("analyze") as progress:
-        for dataset, source in zip(mixture.datasets, sources, strict=True):
-            counts = Counts()
-            for _ in _counted(dataset, source, seen, counts, progress):
-                pass
-            parts.append({**dataclasses.asdict(counts), "shards": []})
-    return _manifest(head, mixture, inputs, parts)
+def _dataset_rows(plan: _Plan, counts: list[Counts]) -> list[dict[str, Any]]:
+    return [{"name": dataset.name, "mix_ratio": dataset.mix_ratio, "rows_in": own.rows_in, "kept": own.kept,
+             "bytes": own.bytes, "characters": own.characters, "dropped": own.dropped, "inputs": row,
+             "stages": [dataclasses.asdict(stage) for stage in own.stages]}
+            for dataset, own, row in zip(plan.mixture.datasets, counts, plan.inputs, strict=True)]
 
 
 def _main() -> None:
@@ -208,19 +391,26 @@ def _main() -> None:
                                      description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="mixture file (YAML)")
     parser.add_argument("--output", required=True, help="corpus directory to make")
+    parser.add_argument("--step", choices=STEPS, default="full",
+                        help="go as far as this step: what is done already is not done again")
     parser.add_argument("--analyze-only",
                         action="store_true",
                         help="read and count everything, write nothing")
     parser.add_argument("--limit-mb", type=float, help="only the first megabytes of each dataset")
+    parser.add_argument("--workers", type=int, help="processes; default: the processors, one for little text")
+    parser.add_argument("--engine", choices=ENGINES, default="local",
+                        help="local processes, or the tasks of a Ray cluster (RAY_ADDRESS, or one started here)")
     arguments = parser.parse_args()
     start = time.monotonic()
-    manifest = build_corpus(arguments.config, arguments.output, analyze_only=arguments.analyze_only,
-                            limit_mb=arguments.limit_mb)
+    manifest = build_corpus(arguments.config, arguments.output, step=arguments.step,
+                            analyze_only=arguments.analyze_only, limit_mb=arguments.limit_mb,
+                            workers=arguments.workers, engine=arguments.engine)
     print(cards.corpus_table(manifest))
     if any(row["dropped"] for row in manifest["datasets"]):
         print("\n" + cards.drops_table(manifest))
     seconds = time.monotonic() - start
-    where = "nothing written (--analyze-only)" if arguments.analyze_only else arguments.output
+    where = arguments.output if arguments.step == "full" else f"{arguments.output} up to {arguments.step}"
+    where = "nothing written (--analyze-only)" if arguments.analyze_only else where
     total = cards.size(sum(row["bytes"] for row in manifest["datasets"]))
     print(f"\ncorpus: {where}, {total} in {seconds:.1f} s")
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from data_pipeline.documents import Document
 from nanollama.data.files import DataError, read_json, sha256_file
 
 MANIFEST, CARD, DROPPED, SHARDS = "manifest.json", "DATA_CARD.md", "dropped.jsonl", "shards"
@@ -33,55 +32,44 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes documents of one dataset to numbered shards; a shard gets its name only when it is whole."""
+    """Writes the lines of one shard; it gets its name only when it is whole."""
 
-    def __init__(self, directory: Path, first: int, dataset: str):
-        self.directory, self.dataset = directory, dataset
-        self.shards: list[Shard] = []
-        self._number = first
-        self._file: BinaryIO | None = None
-        directory.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path):
+        self.path = path
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (lives from one write to the next)
+        self._hash = hashlib.sha256()
+        self.bytes = self.documents = 0
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        """Finish the last shard, or leave it without its name when something went wrong."""
+        """Give it its name, or leave nothing when something went wrong."""
         if kind is None:
-            self.finish()
-        elif self._file is not None:
-            self._file.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None:
+            os.replace(self._temporary, self.path)
+        else:
+            self._temporary.unlink(missing_ok=True)
 
-    def write(self, document: Document) -> None:
+    def write(self, id: str, text: str, source: str, meta: dict[str, Any]) -> None:
         """Append one document."""
-        row = {"id": f"{self.dataset}/{document.id}", "text": document.text, "source": self.dataset,
-               "meta": document.meta}
+        row = {"id": id, "text": text, "source": source, "meta": meta}
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        if self._file is None:
-            self._file = open(self._path(".tmp"), "wb")  # noqa: SIM115 (lives from one write to the next)
-            self._hash, self._bytes, self._documents = hashlib.sha256(), 0, 0
         self._file.write(line)
         self._hash.update(line)
-        self._bytes += len(line)
-        self._documents += 1
-        if self._bytes >= SHARD_BYTES:
-            self.finish()
+        self.bytes += len(line)
+        self.documents += 1
 
-    def finish(self) -> None:
-        """Close the shard at hand and give it its name."""
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._path(".tmp"), self._path(""))
-        self.shards.append(Shard(f"{SHARDS}/{self._path('').name}", self._bytes, self._hash.hexdigest(),
-                                 self._documents, self.dataset))
-        self._number, self._file = self._number + 1, None
-
-    def _path(self, suffix: str) -> Path:
-        return self.directory / f"part-{self._number:05d}.jsonl{suffix}"
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far, hex."""
+        return self._hash.hexdigest()
 
 
 def read_manifest(corpus: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:

@@ -29,7 +29,7 @@ from data_pipeline.documents import Bad, Document, text_digest
 from data_pipeline.filters import make_batch
 from data_pipeline.mixture_schema import BYTES_PER_TOKEN, available_tokens
 from data_pipeline.progress import Progress
-from data_pipeline.sources import open_source
+from data_pipeline.sources import open_source, read_all
 from data_pipeline.stage import command
 from data_pipeline.steps import SECTIONS
 from nanollama.data.files import DataError, sha256_json, write_json
@@ -172,7 +172,7 @@ def count_rows(mixture: MixtureConfig, *, most: int | None = None, tokenizer: To
     for dataset in mixture.datasets:
         count = counts[dataset.name] = Count()
         seen: set[bytes] | None = set() if removes_duplicates(dataset) else None
-        items = itertools.islice(open_source(dataset).read(), most)
+        items = itertools.islice(read_all(open_source(dataset)), most)
         while slice_ := list(itertools.islice(items, JUDGED_AT_ONCE)):
             _count_slice(slice_, dataset, count, seen, tokenizer)
             if progress is not None:

@@ -1,43 +1,196 @@
-"""Spawned worker processes for whole-shard tasks.
+"""Whole-shard tasks in spawned processes on this machine.
 
-Owns starting, watching and ending them; with one worker, tasks run in this process. Results come as they are
-done, so tasks must not depend on order.
+Owns starting, watching and ending the processes, and trying a task again whose process died. Results come as they
+are done, so tasks must not depend on order. With one worker, tasks run in this process. Past one machine:
+`ray_workers`, behind the same protocol. Knows nothing of what a task does.
 """
 
-import concurrent.futures
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import threading
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
 from nanollama.data.files import DataError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+RETRIES = 3  # times a task is tried again after the process that ran it died
+ENGINES = ("local", "ray")
+
+
+class Executor(Protocol):
+    """Runs a pure function on many tasks, somewhere. A context manager that ends its processes."""
+
+    workers: int
+
+    def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+        """(number of the task, its result) as they are done. Errors: the first task's error; DataError when the
+        process of a task died more than RETRIES times."""
+        ...
+
+    def __enter__(self) -> "Executor":
+        ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        ...
+
+
+def open_executor(engine: str, workers: int) -> Executor:
+    """The executor called `engine`. Errors: DataError when it is not installed."""
+    if engine == "ray":
+        from data_pipeline.ray_workers import RayExecutor
+
+        return RayExecutor(workers)
+    return LocalExecutor(workers)
 
 
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-    """Results of `function` on every task, in the order they are done. Errors: the first task's error."""
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        yield from map(function, tasks)
-        return
-    context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
-        futures = [pool.submit(function, task) for task in tasks]
+    """Results of `function` on every task, in the order they are done, on this machine."""
+    with LocalExecutor(workers) as executor:
+        for _, result in executor.run(function, tasks):
+            yield result
+
+
+@dataclasses.dataclass
+class _Worker:
+    process: Any
+    pipe: Any
+    task: int | None = None  # what it is at
+
+
+class LocalExecutor:
+    """Up to `workers` spawned processes, kept from one `run` to the next."""
+
+    def __init__(self, workers: int, retries: int = RETRIES):
+        self.workers, self.retries = max(1, workers), retries
+        self._pool: list[_Worker] = []
+        self._context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
+
+    def __enter__(self) -> "LocalExecutor":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for worker in self._pool:
+            if kind is not None:
+                worker.process.kill()
+            worker.pipe.close()  # an idle worker ends when its pipe does
+        for worker in self._pool:
+            worker.process.join()
+        self._pool = []
+
+    def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+        """See Executor."""
+        if min(self.workers, len(tasks)) <= 1:
+            for number, task in enumerate(tasks):
+                yield number, function(task)
+            return
+        waiting = deque(range(len(tasks)))
+        tries = [0] * len(tasks)
         try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process died, most likely for lack of memory. Run the same command again with "
-                "fewer --workers; it goes on from the last finished part.") from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            while waiting or any(worker.task is not None for worker in self._pool):
+                self._deal(function, tasks, waiting)
+                for worker in self._ready():
+                    yield from self._collect(worker, tasks, waiting, tries)
+        finally:
+            for worker in [one for one in self._pool if one.task is not None]:  # stopped half-way by an error
+                worker.process.kill()
+                self._forget(worker)
+
+    def _deal(self, function: Callable[[Any], Any], tasks: Sequence[Any], waiting: deque[int]) -> None:
+        while waiting:
+            idle = next((worker for worker in self._pool if worker.task is None), None)
+            if idle is None:
+                if len(self._pool) >= min(self.workers, len(tasks)):
+                    return
+                self._pool.append(idle := self._start())
+            idle.task = waiting.popleft()
+            try:
+                idle.pipe.send((function, tasks[idle.task]))
+            except (BrokenPipeError, ConnectionResetError):  # died while idle: `_collect` sees it and tries again
+                return
+
+    def _start(self) -> _Worker:
+        mine, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, mine)
+
+    def _ready(self) -> list[_Worker]:
+        busy = {worker.pipe: worker for worker in self._pool if worker.task is not None}
+        return [busy[pipe] for pipe in multiprocessing.connection.wait(list(busy))]
+
+    def _collect(self, worker: _Worker, tasks: Sequence[Any], waiting: deque[int],
+                 tries: list[int]) -> Iterator[tuple[int, Any]]:
+        number = worker.task
+        assert number is not None
+        try:
+            done, value = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):  # nobody is at the other end: it died
+            self._forget(worker)
+            tries[number] += 1
+            if tries[number] > self.retries:
+                raise DataError(
+                    f"the process at task {number} ({short_name(tasks[number])}) died {tries[number]} times, most "
+                    f"likely for lack of memory (exit code {worker.process.exitcode}). Run the same command again with "
+                    "fewer --workers; it goes on from the last finished part.") from None
+            waiting.appendleft(number)
+            return
+        worker.task = None
+        if not done:
+            raise value
+        yield number, value
+
+    def _forget(self, worker: _Worker) -> None:
+        worker.pipe.close()
+        worker.process.join()
+        self._pool.remove(worker)
+
+
+def _work(pipe: Any) -> None:
+    """A worker's life: tasks until the pipe ends."""
+    _end_with_parent()
+    while True:
+        try:
+            function, task = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(attempt(function, task))
+
+
+def attempt(function: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
+    """(True, the result), or (False, the error) in a form that can travel between processes."""
+    try:
+        return True, function(task)
+    except Exception as error:
+        return False, _portable(error, traceback.format_exc())
+
+
+def _portable(error: Exception, trace: str) -> Exception:
+    """`error`, or its text when it cannot travel between processes; a bug keeps its trace as a note."""
+    error.__traceback__, error.__cause__, error.__context__ = None, None, None
+    if not isinstance(error, DataError):
+        error.add_note(f"In a worker process:\n{trace}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def short_name(task: Any) -> str:
+    """What to call a task in a message."""
+    text = str(getattr(task, "label", task))
+    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def _end_with_parent() -> None:

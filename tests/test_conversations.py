@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.config import DatasetConfig
 from data_pipeline.conversations import LAYOUTS, Conversation, read_conversation, text_of
 from data_pipeline.documents import Bad, BadText, Document
-from data_pipeline.sources import open_source
+from data_pipeline.sources import open_source, read_all
 
 
 def read(rows: str, layout: str, row: dict[str, Any], **fields: str) -> Conversation:
@@ -132,7 +132,7 @@ def test_conversations_from_files(tmp_path: Path, form: str) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     dataset = DatasetConfig("set", str(path), 1.0, format=form.removesuffix(".gz"),  # type: ignore[arg-type]
                             rows="chat", layout="messages")
-    items = list(open_source(dataset).read())
+    items = list(read_all(open_source(dataset)))
     assert [item.meta for item in items if isinstance(item, Document)] == [{"n": n, "turns": 2} for n in range(3)]
     assert [item.text for item in items if isinstance(item, Document)][2] == (
         "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n!<|im_end|>\n")
@@ -143,5 +143,5 @@ def test_conversations_from_files(tmp_path: Path, form: str) -> None:
                                                  (b"[{", "broken JSON"), (b"\xff", "broken JSON")])
 def test_broken_json_lists(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "rows.json").write_bytes(content)
-    items = list(open_source(DatasetConfig("set", str(tmp_path / "rows.json"), 1.0, format="json")).read())
+    items = list(read_all(open_source(DatasetConfig("set", str(tmp_path / "rows.json"), 1.0, format="json"))))
     assert [item.reason for item in items if isinstance(item, Bad)] == [reason]

@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 from corpora import documents, files_of, jsonl, mixture, small_mixture
 
-from data_pipeline import corpus as corpus_command
-from data_pipeline import corpus_format, selection
-from data_pipeline.config import DatasetConfig
+from data_pipeline import corpus_format, curate, shards, whole
 from data_pipeline.corpus import build_corpus
 from data_pipeline.progress import Progress
-from data_pipeline.sources import open_source
+from data_pipeline.sources.files import FileReader
 from nanollama.data.files import DataError
 
 BROKEN_LINES = {
@@ -156,16 +154,16 @@ def test_stopped_anywhere_and_run_again_gives_the_same_bytes(tmp_path: Path, mon
     build_corpus(config, tmp_path / "whole")
     wanted = files_of(tmp_path / "whole")
     read = []
-    original = corpus_command.select
+    original = FileReader.__iter__
 
-    def counting(dataset: Any, *arguments: Any) -> Iterator[Any]:
-        read.append(dataset.name)
-        return original(dataset, *arguments)
+    def counting(self: FileReader) -> Iterator[Any]:
+        read.append(self.dataset.name)
+        return original(self)
 
     class Killed(BaseException):
         pass
 
-    for step in range(12):  # die at the n-th rename, whatever it moves
+    for step in range(0, 40, 3):  # die at the n-th rename, whatever it moves
         output = tmp_path / f"killed{step}"
         with monkeypatch.context() as patch:
             calls = {"left": step}
@@ -183,11 +181,11 @@ def test_stopped_anywhere_and_run_again_gives_the_same_bytes(tmp_path: Path, mon
         assert not (output / "manifest.json").exists()
         with monkeypatch.context() as patch:
             read.clear()
-            patch.setattr(corpus_command, "select", counting)
+            patch.setattr(FileReader, "__iter__", counting)
             build_corpus(config, output)
         assert files_of(output) == wanted, step
-        if step == 8:  # the first dataset was finished: it is not read again
-            assert read == ["two", "three"]
+        finished = step // 2  # raw shard and marker: two renames a dataset, then it is not read again
+        assert read == ["one", "two", "three"][finished:]
 
 
 def test_kill_9_and_a_second_run_at_the_same_time(tmp_path: Path) -> None:
@@ -198,8 +196,8 @@ def test_kill_9_and_a_second_run_at_the_same_time(tmp_path: Path) -> None:
     ]
     slow = ("import sys, time, data_pipeline.corpus as c, data_pipeline.corpus_format as f\n"
             "original = f.ShardWriter.write\n"
-            "def write(self, document):\n"
-            "    original(self, document)\n"
+            "def write(self, *document):\n"
+            "    original(self, *document)\n"
             "    print('writing', flush=True); time.sleep(0.01)\n"
             "f.ShardWriter.write = write\n"
             f"c.build_corpus({str(config)!r}, {str(tmp_path / 'out')!r})\n")
@@ -233,32 +231,27 @@ def test_analyze_only_writes_nothing_and_limit_reads_little(tmp_path: Path) -> N
         build_corpus(config, tmp_path / "out", limit_mb=0)
 
 
-def check_account(select: Any, tmp_path: Path) -> None:
-    """Rows in = kept + dropped, for a file with good, broken, short and repeated rows."""
+def test_the_account_catches_a_lost_row(tmp_path: Path, monkeypatch: Any) -> None:
+    """A stage that forgets rows, anywhere, stops the run."""
     rows = jsonl(["a good text", "no", "a good text", "another"]) + b"broken\n"
     (tmp_path / "rows.jsonl").write_bytes(rows)
-    dataset = DatasetConfig("set", str(tmp_path / "rows.jsonl"), 1.0,
-                            filters=({"type": "length", "min_characters": 3}, {"type": "exact_duplicate"}))
-    counts = selection.Counts()
-    for item in select(dataset, open_source(dataset), set(), counts):
-        counts.add(item)
-    counts.check(dataset)
-    assert counts.rows_in == 5 and counts.kept == 2
+    config = mixture(tmp_path / "mix.yaml", {
+        "name": "set", "source": str(tmp_path / "rows.jsonl"),
+        "filters": [{"type": "length", "min_characters": 3}, {"type": "exact_duplicate"}]})
+    row = build_corpus(config, tmp_path / "out")["datasets"][0]
+    assert row["rows_in"] == 5 and row["kept"] == 2
+    assert [(stage["stage"], stage["rows_in"], stage["kept"]) for stage in row["stages"]] == [
+        ("read", 5, 4), ("length", 4, 3), ("exact-duplicate", 3, 2)]
+    original = shards.sidecar_table
 
+    def loses_the_last(*arguments: Any, **options: Any) -> Any:
+        return original(*arguments, **options).slice(0, 2)
 
-def test_the_account_catches_a_lost_row(tmp_path: Path) -> None:
-    check_account(selection.select, tmp_path)
-
-    def loses_duplicates(*arguments: Any) -> Iterator[Any]:
-        return (item for item in selection.select(*arguments)
-                if getattr(item, "reason", "") != selection.DUPLICATE)
-
-    def loses_the_last(*arguments: Any) -> Iterator[Any]:
-        return iter(list(selection.select(*arguments))[:-1])
-
-    for mutant in (loses_duplicates, loses_the_last):
-        with pytest.raises(DataError, match="rows are lost"):
-            check_account(mutant, tmp_path)
+    for module in (curate, whole):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "sidecar_table", loses_the_last)
+            with pytest.raises(DataError, match="rows are lost"):
+                build_corpus(config, tmp_path / module.__name__)
 
 
 def test_a_missing_or_changed_corpus_is_named(tmp_path: Path) -> None:

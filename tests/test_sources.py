@@ -19,7 +19,7 @@ from corpora import documents, jsonl, mixture
 from data_pipeline.config import DatasetConfig
 from data_pipeline.corpus import build_corpus
 from data_pipeline.documents import Bad, Document
-from data_pipeline.sources import open_source
+from data_pipeline.sources import open_source, read_all
 from data_pipeline.sources.python_code import docstrings, stdlib_files
 from data_pipeline.sources.streams import BrokenStream, TooLong, read_blocks, split_rows
 from nanollama.data.files import DataError
@@ -36,7 +36,7 @@ def source_items(tmp_path: Path,
                  name: str = "rows.jsonl",
                  **fields: Any) -> list[Document | Bad]:
     (tmp_path / name).write_bytes(content)
-    return list(open_source(DatasetConfig("set", str(tmp_path / name), 1.0, **fields)).read())
+    return list(read_all(open_source(DatasetConfig("set", str(tmp_path / name), 1.0, **fields))))
 
 
 @pytest.mark.parametrize("name",
@@ -66,10 +66,10 @@ def test_globs_ids_meta_and_order(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(
             jsonl([name], key=name[0], deep={"x": 1}, long="x" * 600, bad="\ud800"[:0], n=3))
     source = open_source(DatasetConfig("set", str(tmp_path / "**" / "*.jsonl"), 1.0, id_field="key"))
-    found = [item for item in source.read() if isinstance(item, Document)]
+    found = [item for item in read_all(source) if isinstance(item, Document)]
     assert [(item.id, item.text, item.meta) for item in found] == [
         ("a", "a/one.jsonl", {"bad": "", "n": 3}), ("b", "b/two.jsonl", {"bad": "", "n": 3})]
-    assert [row.path for row in source.inputs()] == ["a/one.jsonl", "b/two.jsonl"]
+    assert [row.path for part in source.parts() for row in part.inputs()] == ["a/one.jsonl", "b/two.jsonl"]
     for pattern, fix in [(tmp_path, r"/\*\*/\*\.jsonl"), (tmp_path / "c" / "*.jsonl", "no file at")]:
         with pytest.raises(DataError, match=fix):
             open_source(DatasetConfig("set", str(pattern), 1.0, format="jsonl"))
@@ -110,7 +110,7 @@ def test_memory_stays_bounded_whatever_a_line_is(tmp_path: Path) -> None:
             file.write(b"x" * 1_000_000)  # one line of 60 MB
         file.write(b"\n" + jsonl(["last"]))
     tracemalloc.start()
-    items = list(open_source(DatasetConfig("set", str(path), 1.0, max_line_bytes=2_000_000)).read())
+    items = list(read_all(open_source(DatasetConfig("set", str(path), 1.0, max_line_bytes=2_000_000))))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [type(item).__name__ for item in items] == ["Document", "Bad", "Document"]

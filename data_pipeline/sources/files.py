@@ -1,9 +1,10 @@
-"""Local files as documents: JSON lines, plain text, Parquet, Python code; plain, .gz or .zst; globs.
+"""Files as documents: JSON lines, plain text, Parquet, Arrow, WARC, Python code; .gz or .zst; globs and URLs.
 
-Owns how a file's rows become documents or bad rows. Order: files sorted by name, rows as they stand. Knows
-nothing of filters or of what is done with the documents.
+Owns how a file's rows become documents or bad rows, and where a reader stands among them. Order: files sorted by
+name, rows as they stand. Knows nothing of filters or of what is done with the documents.
 """
 
+import dataclasses
 import glob
 import json
 import os
@@ -16,69 +17,127 @@ import pyarrow.parquet
 
 from data_pipeline.config import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, format_of, layout_of, paths_of
 from data_pipeline.conversations import needed_names, read_conversation, text_of
-from data_pipeline.documents import Bad, BadText, Document, Place, make_document, scalar_meta, text_digest
-from data_pipeline.sources.base import Input
+from data_pipeline.documents import Bad, BadText, Document, Place, iso_date, make_document, scalar_meta, text_digest
+from data_pipeline.sources.base import Input, State
 from data_pipeline.sources.python_code import decode_source, docstrings
+from data_pipeline.sources.remote import FileRef, find_urls, is_url
 from data_pipeline.sources.streams import BrokenStream, TooLong, read_blocks, read_whole, split_rows
+from data_pipeline.sources.warc import WarcRecord, extractor, read_records
 from data_pipeline.variables import expand_variables
-from nanollama.data.files import DataError, sha256_file
+from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError, nearest
 
+PART_BYTES = 64_000_000  # small files are read together, up to about this much as they are stored
 
+
+@dataclasses.dataclass(frozen=True)
 class FileSource:
-    """The documents of a list of (name, path); names are unique and become part of the ids."""
+    """The documents of a list of files; names are unique and become part of the ids."""
 
-    def __init__(self, dataset: DatasetConfig, files: list[tuple[str, Path]]):
-        self.dataset, self.files = dataset, files
-        self.total_bytes = sum(os.path.getsize(path) for _, path in files)
-        self.bytes_read = 0
+    dataset: DatasetConfig
+    files: tuple[FileRef, ...]
+
+    def parts(self) -> list["FilePart"]:
+        """Files in their order, small ones together."""
+        parts: list[list[FileRef]] = []
+        size = 0
+        for file in self.files:
+            if not parts or size + file.bytes > PART_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(file)
+            size += file.bytes
+        return [FilePart(self.dataset, tuple(files)) for files in parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePart:
+    """Some files of a dataset."""
+
+    dataset: DatasetConfig
+    files: tuple[FileRef, ...]
+
+    @property
+    def name(self) -> str:
+        """First file, and how many more."""
+        more = len(self.files) - 1
+        return f"{self.dataset.name} {self.files[0].name}{f' and {more} more' if more else ''}"
+
+    @property
+    def bytes(self) -> int:
+        """Of all files, as they are stored."""
+        return sum(file.bytes for file in self.files)
 
     def inputs(self) -> list[Input]:
         """Name, size and hash of each file."""
-        return [Input(name, os.path.getsize(path), sha256_file(path)) for name, path in self.files]
+        return [Input(file.name, file.bytes, file.sha256()) for file in self.files]
 
-    def read(self) -> Iterator[Document | Bad]:
-        """The rows of all files."""
-        kind = format_of(self.dataset)
-        readers = {
-            "jsonl": self._json_lines, "json": self._json_list, "text": self._text,
-            "parquet": self._parquet, "code": self._code, "docstrings": self._code
-        }
+    def open(self, state: State | None = None) -> "FileReader":
+        """See Part."""
+        return FileReader(self.dataset, self.files, state)
+
+
+class FileReader:
+    """One pass through some files. A row's number in its file is where the reader stands."""
+
+    def __init__(self, dataset: DatasetConfig, files: tuple[FileRef, ...], state: State | None = None):
+        self.dataset, self.files = dataset, files
         self.bytes_read = 0
-        for name, path in self.files:
-            yield from readers[kind](name, path)
+        self._file: int = state["file"] if state else 0
+        self._row: int = state["row"] if state else 0
+
+    def state(self) -> State:
+        """See Reader."""
+        return {"file": self._file, "row": self._row}
+
+    def __iter__(self) -> Iterator[Document | Bad]:
+        readers = {
+            "jsonl": self._json_lines, "json": self._json_list, "text": self._text, "parquet": self._parquet,
+            "arrow": self._arrow, "warc": self._warc, "code": self._code, "docstrings": self._code
+        }
+        read = readers[format_of(self.dataset)]
+        self.bytes_read = sum(file.bytes for file in self.files[:self._file])
+        while self._file < len(self.files):
+            start = self._row
+            for number, item in read(self.files[self._file], start):
+                self._row = number
+                yield item
+            self._file, self._row = self._file + 1, 0
 
     def _report(self, count: int) -> None:
         self.bytes_read += count
 
-    def _json_lines(self, name: str, path: Path) -> Iterator[Document | Bad]:
-        rows = split_rows(read_blocks(path, self._report), b"\n", self.dataset.max_line_bytes)
+    def _json_lines(self, file: FileRef, start: int) -> Iterator[tuple[int, Document | Bad]]:
+        rows = split_rows(read_blocks(file.location, self._report), b"\n", self.dataset.max_line_bytes)
         for number, raw in rows:
-            place = Place(name, f":{number}", str(path))
+            if number <= start:
+                continue
+            place = Place(file.name, f":{number}", file.location)
             if (bad := self._unreadable(raw, place, "line")) is not None:
-                yield bad
+                yield number, bad
             elif isinstance(raw, bytes) and raw.strip():  # an empty line is no row
-                yield self._json_row(raw, name, number, place)
+                yield number, self._json_row(raw, file.name, number, place)
 
-    def _json_list(self, name: str, path: Path) -> Iterator[Document | Bad]:
+    def _json_list(self, file: FileRef, start: int) -> Iterator[tuple[int, Document | Bad]]:
         """A file that is one JSON list of objects; held whole, so max_line_bytes is its limit."""
-        place = Place(name, "", str(path))
-        raw = read_whole(path, self.dataset.max_line_bytes, self._report)
-        if (bad := self._unreadable(raw, place, "file")) is not None:
-            yield bad
+        place = Place(file.name, "", file.location)
+        raw = read_whole(file.location, self.dataset.max_line_bytes, self._report)
+        if (bad := self._unreadable(raw, place, "file")) is None:
+            try:
+                rows = json.loads(raw)  # type: ignore[arg-type]
+                if not isinstance(rows, list):
+                    bad = Bad(place, "not a JSON list", f"{type(rows).__name__}; for one object a line use "
+                              "format: jsonl")
+            except (ValueError, RecursionError) as error:
+                bad = Bad(place, "broken JSON", f"{error}"[:200])
+        if bad is not None:
+            if not start:
+                yield 1, bad
             return
-        try:
-            rows = json.loads(raw)  # type: ignore[arg-type]
-        except (ValueError, RecursionError) as error:
-            yield Bad(place, "broken JSON", f"{error}"[:200])
-            return
-        if not isinstance(rows, list):
-            yield Bad(place, "not a JSON list", f"{type(rows).__name__}; for one object a line use format: jsonl")
-            return
-        for number, row in enumerate(rows, start=1):
-            place = Place(name, f"[{number}]", str(path))
-            yield (self.row_document(row, f"{name}:{number}", place) if isinstance(row, dict) else
-                   Bad(place, "not a JSON object", f"{type(row).__name__}"))
+        for number, row in enumerate(rows[start:], start=start + 1):
+            place = Place(file.name, f"[{number}]", file.location)
+            yield number, (row_document(self.dataset, row, f"{file.name}:{number}", place)
+                           if isinstance(row, dict) else Bad(place, "not a JSON object", f"{type(row).__name__}"))
 
     def _json_row(self, raw: bytes, name: str, number: int, place: Place) -> Document | Bad:
         try:
@@ -90,75 +149,49 @@ class FileSource:
             return Bad(place, "broken JSON", f"{error}"[:200])
         if not isinstance(row, dict):
             return Bad(place, "not a JSON object", f"{type(row).__name__}")
-        return self.row_document(row, f"{name}:{number}", place)
+        return row_document(self.dataset, row, f"{name}:{number}", place)
 
-    def row_document(self, row: dict[str, Any], default_id: str, place: Place) -> Document | Bad:
-        """The document in a row of named fields (also used for Parquet)."""
-        dataset = self.dataset
-        if dataset.rows == "text" and dataset.text_field not in row:
-            return Bad(place, f"no field {dataset.text_field!r}", "fields: " + ", ".join(map(str, row))[:200])
-        identity = default_id
-        if dataset.id_field is not None:
-            value = row.get(dataset.id_field)
-            if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
-                return Bad(place, f"no usable id in {dataset.id_field!r}", repr(value)[:100])
-            identity = str(value)
-            if any("\ud800" <= letter <= "\udfff" for letter in identity):
-                return Bad(place, f"no usable id in {dataset.id_field!r}", repr(value)[:100])
-        leave_out = {*self._content_fields(), *([dataset.id_field] if dataset.id_field else [])}
-        meta = scalar_meta(row, dataset.meta_fields, leave_out)
-        if dataset.rows == "text":
-            return make_document(identity, row[dataset.text_field], meta, place)
-        assert dataset.layout is not None
-        try:
-            read = read_conversation(row, dataset.rows, dataset.layout, layout_of(dataset))
-        except BadText as error:
-            return Bad(place, str(error))
-        return make_document(identity, text_of(read), {**meta, "turns": sum(map(len, read.sides))}, place)
-
-    def _content_fields(self) -> tuple[str, ...]:
-        """The fields whose values are the text."""
-        if self.dataset.rows == "text":
-            return (self.dataset.text_field,)
-        return tuple(layout_of(self.dataset).values())
-
-    def _text(self, name: str, path: Path) -> Iterator[Document | Bad]:
+    def _text(self, file: FileRef, start: int) -> Iterator[tuple[int, Document | Bad]]:
         limit = self.dataset.max_line_bytes
         if self.dataset.separator is None:
-            yield from self._whole_file(name, path, lambda raw: raw.decode("utf-8"))
+            yield from self._whole_file(file, start, lambda raw: raw.decode("utf-8"))
             return
-        for number, raw in split_rows(read_blocks(path, self._report), self.dataset.separator.encode(),
-                                      limit):
-            place = Place(name, f", document {number}", str(path))
+        for number, raw in split_rows(read_blocks(file.location, self._report),
+                                      self.dataset.separator.encode(), limit):
+            if number <= start:
+                continue
+            place = Place(file.name, f", document {number}", file.location)
             if (bad := self._unreadable(raw, place, "document")) is not None:
-                yield bad
+                yield number, bad
             elif isinstance(raw, bytes) and raw.strip():  # nothing between two separators is no row
-                yield self._decoded(raw, f"{name}:{number}", place, lambda raw: raw.decode("utf-8"))
+                yield number, self._decoded(raw, f"{file.name}:{number}", place, lambda raw: raw.decode("utf-8"))
 
-    def _code(self, name: str, path: Path) -> Iterator[Document | Bad]:
+    def _code(self, file: FileRef, start: int) -> Iterator[tuple[int, Document | Bad]]:
         if format_of(self.dataset) == "code":
-            yield from self._whole_file(name, path, decode_source)
+            yield from self._whole_file(file, start, decode_source)
             return
-        for row in self._whole_file(name, path, decode_source):
+        for number, row in self._whole_file(file, start, decode_source):
             if isinstance(row, Document):
                 try:
                     prose = docstrings(row.text)
                 except ValueError as error:
-                    yield Bad(row.place, "does not parse as Python", str(error)[:200])
+                    yield number, Bad(row.place, "does not parse as Python", str(error)[:200])
                     continue
                 meta = {"derived_from": text_digest(row.encoded).hex()
                         }  # packing keeps it in the split of the code
                 row = make_document(row.id, prose, meta, row.place) if prose else Bad(
                     row.place, "no docstring")
-            yield row
+            yield number, row
 
-    def _whole_file(self, name: str, path: Path, decode: Any) -> Iterator[Document | Bad]:
-        place = Place(name, "", str(path))
-        raw = read_whole(path, self.dataset.max_line_bytes, self._report)
+    def _whole_file(self, file: FileRef, start: int, decode: Any) -> Iterator[tuple[int, Document | Bad]]:
+        if start:
+            return
+        place = Place(file.name, "", file.location)
+        raw = read_whole(file.location, self.dataset.max_line_bytes, self._report)
         if (bad := self._unreadable(raw, place, "document")) is not None:
-            yield bad
+            yield 1, bad
         elif isinstance(raw, bytes):
-            yield self._decoded(raw, name, place, decode)
+            yield 1, self._decoded(raw, file.name, place, decode)
 
     def _decoded(self, raw: bytes, identity: str, place: Place, decode: Any) -> Document | Bad:
         try:
@@ -168,7 +201,7 @@ class FileSource:
         except ValueError as error:
             return Bad(place, "unknown encoding", str(error)[:200])
 
-    def _unreadable(self, raw: bytes | TooLong | BrokenStream, place: Place, what: str) -> Bad | None:
+    def _unreadable(self, raw: Any, place: Place, what: str) -> Bad | None:
         if isinstance(raw, TooLong):
             return Bad(place, f"{what} over max_line_bytes",
                        f"more than {self.dataset.max_line_bytes:,} bytes")
@@ -176,90 +209,196 @@ class FileSource:
             return Bad(place, "file cut off or damaged", f"{raw}; the rest of the file is lost")
         return None
 
-    def _parquet(self, name: str, path: Path) -> Iterator[Document | Bad]:
+    def _parquet(self, file: FileRef, start: int) -> Iterator[tuple[int, Document | Bad]]:
         number = 0
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                columns = self._columns(file.schema_arrow, path)
-                for batch in file.iter_batches(batch_size=256, columns=columns, use_threads=False):
-                    for index in range(batch.num_rows):
-                        number += 1
-                        yield self._parquet_row(batch, index, f"{name}:{number}",
-                                                Place(name, f", row {number}", str(path)))
+            with file.open() as stream, pyarrow.parquet.ParquetFile(stream) as table:
+                columns = self._columns(table.schema_arrow, file)
+                groups: list[int] = []
+                for group in range(table.num_row_groups):
+                    rows = table.metadata.row_group(group).num_rows
+                    if not groups and number + rows <= start:  # read before
+                        number += rows
+                    else:
+                        groups.append(group)
+                for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=columns,
+                                                use_threads=False):
+                    yield from self._rows(batch, number, start, file)
+                    number += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
-            yield Bad(Place(name, f", row {number + 1}", str(path)), "file cut off or damaged",
-                      str(error)[:200])
-        self.bytes_read += os.path.getsize(path)
+            yield number + 1, self._cut(file, number, error)
+        self.bytes_read += file.bytes
 
-    def _parquet_row(self, batch: pyarrow.RecordBatch, index: int, identity: str,
-                     place: Place) -> Document | Bad:
+    def _arrow(self, file: FileRef, start: int) -> Iterator[tuple[int, Document | Bad]]:
+        """Arrow IPC: the file format, or the stream format as Hugging Face `datasets` caches it."""
+        number = 0
         try:
-            row = {column: batch.column(column)[index].as_py() for column in batch.schema.names}
-        except UnicodeDecodeError as error:
-            return Bad(place, "not UTF-8", str(error)[:200])
-        document = self.row_document(row, identity, place)
-        if isinstance(document, Document) and len(document.encoded) > self.dataset.max_line_bytes:
-            return Bad(place, "document over max_line_bytes", f"{len(document.encoded):,} bytes")
-        return document
+            with file.open() as stream:
+                for batch in _arrow_batches(stream):
+                    columns = self._columns(batch.schema, file)
+                    for part in range(0, batch.num_rows, 256):
+                        piece = batch.slice(part, 256).select(columns)
+                        if number + piece.num_rows > start:
+                            yield from self._rows(piece, number, start, file)
+                        number += piece.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            yield number + 1, self._cut(file, number, error)
+        self.bytes_read += file.bytes
 
-    def _columns(self, schema: pyarrow.Schema, path: Path) -> list[str]:
+    def _cut(self, file: FileRef, number: int, error: Exception) -> Bad:
+        return Bad(Place(file.name, f", row {number + 1}", file.location), "file cut off or damaged",
+                   str(error)[:200])
+
+    def _rows(self, batch: pyarrow.RecordBatch, before: int, start: int,
+              file: FileRef) -> Iterator[tuple[int, Document | Bad]]:
+        for index in range(max(0, start - before), batch.num_rows):
+            number = before + index + 1
+            place = Place(file.name, f", row {number}", file.location)
+            try:
+                row = {column: batch.column(column)[index].as_py() for column in batch.schema.names}
+            except UnicodeDecodeError as error:
+                yield number, Bad(place, "not UTF-8", str(error)[:200])
+                continue
+            yield number, bounded(self.dataset, row_document(self.dataset, row, f"{file.name}:{number}", place))
+
+    def _columns(self, schema: pyarrow.Schema, file: FileRef) -> list[str]:
         """The columns to read: text, id, and the wanted (or every unnested) fields beside them."""
         dataset = self.dataset
-        needed = [dataset.text_field] if dataset.rows == "text" else self._conversation_columns(schema)
+        needed = [dataset.text_field] if dataset.rows == "text" else _conversation_columns(dataset, schema)
         needed += [dataset.id_field] if dataset.id_field is not None else []
         for field in needed:
             if field not in schema.names:
-                raise DataError(f"dataset {dataset.name}: {path} has no column {field!r}. "
+                raise DataError(f"dataset {dataset.name}: {file.location} has no column {field!r}. "
                                 f"{nearest(field, schema.names)} Set text_field, fields or id_field.")
+        needed += [name for name in (dataset.date_field, "year") if name in schema.names]
         plain = [field.name for field in schema if not pyarrow.types.is_nested(field.type)]
         wanted = plain if dataset.meta_fields is None else [
             name for name in dataset.meta_fields if name in schema.names
         ]
         return list(dict.fromkeys([*needed, *wanted]))
 
-    def _conversation_columns(self, schema: pyarrow.Schema) -> list[str]:
-        names = layout_of(self.dataset)
-        needed = needed_names(self.dataset.rows, self.dataset.layout or "")
-        return [name for field, name in names.items() if field in needed or name in schema.names]
+    def _warc(self, file: FileRef, start: int) -> Iterator[tuple[int, Document | Bad]]:
+        extract = extractor(self.dataset.name)
+        for number, record in enumerate(read_records(read_blocks(file.location, self._report),
+                                                     self.dataset.max_line_bytes), start=1):
+            if number <= start:
+                continue
+            place = Place(file.name, f", record {number}", file.location)
+            if (bad := self._unreadable(record, place, "document")) is not None:
+                yield number, bad
+            elif isinstance(record, WarcRecord):
+                try:
+                    row = extract(record)
+                except ValueError as error:
+                    yield number, Bad(place, str(error))
+                    continue
+                if row is not None:  # no page: a request, an image, a redirect
+                    identity = record.identity or f"{file.name}:{number}"
+                    yield number, make_document(identity, row, record.meta, place,
+                                                iso_date(record.meta.get("date")))
 
 
-def find_files(dataset: DatasetConfig) -> list[tuple[str, Path]]:
-    """(name, path) of every file the dataset's sources match, sorted by name.
+def row_document(dataset: DatasetConfig, row: dict[str, Any], default_id: str, place: Place) -> Document | Bad:
+    """The document in a row of named fields."""
+    if dataset.rows == "text" and dataset.text_field not in row:
+        return Bad(place, f"no field {dataset.text_field!r}", "fields: " + ", ".join(map(str, row))[:200])
+    identity = default_id
+    if dataset.id_field is not None:
+        value = row.get(dataset.id_field)
+        if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
+            return Bad(place, f"no usable id in {dataset.id_field!r}", repr(value)[:100])
+        identity = str(value)
+        if any("\ud800" <= letter <= "\udfff" for letter in identity):
+            return Bad(place, f"no usable id in {dataset.id_field!r}", repr(value)[:100])
+    content = (dataset.text_field,) if dataset.rows == "text" else tuple(layout_of(dataset).values())
+    leave_out = {*content, *([dataset.id_field] if dataset.id_field else [])}
+    meta = scalar_meta(row, dataset.meta_fields, leave_out)
+    date = iso_date(row.get(dataset.date_field)) or iso_date(row.get("year"))
+    if dataset.rows == "text":
+        return make_document(identity, row[dataset.text_field], meta, place, date)
+    assert dataset.layout is not None
+    try:
+        read = read_conversation(row, dataset.rows, dataset.layout, layout_of(dataset))
+    except BadText as error:
+        return Bad(place, str(error))
+    return make_document(identity, text_of(read), {**meta, "turns": sum(map(len, read.sides))}, place,
+                         date)
+
+
+def _conversation_columns(dataset: DatasetConfig, schema: pyarrow.Schema) -> list[str]:
+    names = layout_of(dataset)
+    needed = needed_names(dataset.rows, dataset.layout or "")
+    return [name for field, name in names.items() if field in needed or name in schema.names]
+
+
+def bounded(dataset: DatasetConfig, item: Document | Bad) -> Document | Bad:
+    """`item`, or a bad row when its text is over max_line_bytes."""
+    if isinstance(item, Document) and len(item.encoded) > dataset.max_line_bytes:
+        return Bad(item.place, "document over max_line_bytes", f"{len(item.encoded):,} bytes")
+    return item
+
+
+def _arrow_batches(stream: Any) -> Iterator[pyarrow.RecordBatch]:
+    start = stream.read(6)
+    stream.seek(0)
+    if start == b"ARROW1":
+        with pyarrow.ipc.open_file(stream) as table:
+            for index in range(table.num_record_batches):
+                yield table.get_batch(index)
+    else:
+        with pyarrow.ipc.open_stream(stream) as table:
+            yield from table
+
+
+def find_files(dataset: DatasetConfig) -> tuple[FileRef, ...]:
+    """Every file the dataset's sources match, sorted by name.
 
     The name is the path below the part of the pattern that has no wildcard. Errors: DataError.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, FileRef] = {}
     for pattern in paths_of(dataset):
         try:
             expanded = expand_variables(pattern, f"dataset {dataset.name}: source")
         except FieldError as error:
             raise DataError(str(error)) from error
-        root, matches = _matches(expanded)
+        matches = _url_matches(expanded) if is_url(expanded) else _path_matches(expanded)
         if not matches:
             _no_match(dataset, pattern, expanded)
-        for path in matches:
-            name = path.relative_to(root).as_posix()
-            if found.setdefault(name, path) != path:
+        for match in matches:
+            if found.setdefault(match.name, match) != match:
                 raise DataError(
-                    f"dataset {dataset.name}: {found[name]} and {path} would both be called {name!r} in the "
-                    "documents' ids. Make them two datasets.")
-    return sorted(found.items())
+                    f"dataset {dataset.name}: {found[match.name].location} and {match.location} would both be "
+                    f"called {match.name!r} in the documents' ids. Make them two datasets.")
+    return tuple(file for _, file in sorted(found.items()))
 
 
-def _matches(pattern: str) -> tuple[Path, list[Path]]:
+def local_files(files: list[tuple[str, Path]]) -> tuple[FileRef, ...]:
+    """(name, path) pairs as files."""
+    return tuple(FileRef(name, str(path), os.path.getsize(path)) for name, path in files)
+
+
+def _url_matches(pattern: str) -> list[FileRef]:
+    root, rows = find_urls(pattern)
+    return [FileRef(url.removeprefix(root).lstrip("/"), url, size) for url, size in rows]
+
+
+def _path_matches(pattern: str) -> list[FileRef]:
     if not glob.has_magic(pattern):
         path = Path(pattern)
-        return path.parent, [path] if path.is_file() else []
+        return [FileRef(path.name, str(path), path.stat().st_size)] if path.is_file() else []
     fixed = []
     for part in Path(pattern).parts:
         if glob.has_magic(part):
             break
         fixed.append(part)
     matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-    return Path(*fixed), sorted(path for path in matches if path.is_file())
+    return [FileRef(path.relative_to(Path(*fixed)).as_posix(), str(path), path.stat().st_size)
+            for path in sorted(matches) if path.is_file()]
 
 
 def _no_match(dataset: DatasetConfig, pattern: str, expanded: str) -> None:
+    if is_url(expanded):
+        raise DataError(f"dataset {dataset.name}: no file at {expanded} (source {pattern!r}).")
     path = Path(expanded)
     if path.is_dir():
         fix = f"It is a directory: write {pattern.rstrip('/')}/**/*.jsonl (or another suffix)."

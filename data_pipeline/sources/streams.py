@@ -1,4 +1,4 @@
-"""Bytes from plain, .gz and .zst files in bounded memory, split on a separator.
+"""Bytes from plain, .gz and .zst files or URLs in bounded memory, split on a separator.
 
 Owns decompression and splitting: a broken end of a file never costs the rows before it, and a row longer than
 the limit is never held whole. Knows nothing of JSON or text. Lines end at "\\n" only: `str.splitlines` would
@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable, Iterator
 
 import pyarrow
+
+from data_pipeline.sources.remote import open_binary
 
 BLOCK = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -90,7 +92,7 @@ def _row(pending: bytearray, start: int, end: int, number: int) -> bytes:
 
 
 def _raw_blocks(path: str, report: Report) -> Iterator[bytes]:
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         while block := file.read(BLOCK):
             report(len(block))
             yield block
@@ -123,7 +125,7 @@ def _gzip_blocks(path: str, report: Report) -> Iterator[bytes]:
 def _zstd_blocks(path: str, report: Report) -> Iterator[bytes]:
     good = 0
     try:
-        with pyarrow.OSFile(path) as raw, pyarrow.CompressedInputStream(raw, "zstd") as stream:
+        with open_binary(path) as raw, pyarrow.CompressedInputStream(raw, "zstd") as stream:
             position = 0
             while block := stream.read(BLOCK):
                 good += len(block)
@@ -139,7 +141,7 @@ def _zstd_blocks(path: str, report: Report) -> Iterator[bytes]:
 def _zstd_tail(path: str, good: int) -> bytes:
     """The bytes after `good` that still decompress: pyarrow drops them with the block that failed."""
     tail = bytearray()
-    with pyarrow.OSFile(path) as raw, pyarrow.CompressedInputStream(raw, "zstd") as stream:
+    with open_binary(path) as raw, pyarrow.CompressedInputStream(raw, "zstd") as stream:
         while good > 0:
             good -= len(stream.read(min(BLOCK, good)))
         try:

@@ -1,0 +1,141 @@
+"""The last step of the corpus command: documents that every stage kept become JSONL shards, written once.
+
+Owns which documents go into which file (decided by the sizes of the texts, before any is written, so that files can
+be made in any process and order) and the list of dropped rows. Knows no stage.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import corpus_format
+from data_pipeline.corpus_format import ShardWriter
+from data_pipeline.documents import text_digest
+from data_pipeline.sampling import NOT_SAMPLED, OVER_CAP
+from data_pipeline.shards import ATTRIBUTES, Facts, Shard, read_columns, read_slices, write_marker
+from nanollama.data.files import read_json, sha256_json, write_atomic
+
+STAGE_VERSION = 1  # raise it when the same documents would give other bytes
+WISHED_AWAY = (OVER_CAP, NOT_SAMPLED)  # reasons that are not listed row by row
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `stop` of one shard, those that are alive."""
+
+    shard: Shard
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputTask:
+    """One file of the corpus."""
+
+    dataset: str
+    pieces: tuple[Piece, ...]
+    path: str  # in the cache, named by what decides its bytes
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.dataset} file {Path(self.path).name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class DropsTask:
+    """The dropped rows of one shard."""
+
+    shard: Shard
+    path: str
+
+
+def plan_outputs(shards: Sequence[Shard], facts: Sequence[Facts], cache: Path) -> list[OutputTask]:
+    """The files of the corpus in their order: documents in theirs, a file of one dataset, of SHARD_BYTES or less."""
+    tasks: list[OutputTask] = []
+    pieces: list[Piece] = []
+    held = 0
+
+    def close() -> None:
+        nonlocal held
+        if pieces:
+            key = sha256_json(["output", STAGE_VERSION, [[piece.shard.dataset, piece.shard.key, piece.start, piece.stop]
+                                                         for piece in pieces]])
+            tasks.append(OutputTask(pieces[0].shard.dataset, tuple(pieces), str(cache / f"{key[:32]}.jsonl")))
+        pieces.clear()
+        held = 0
+
+    for shard, fact in zip(shards, facts, strict=True):
+        if pieces and pieces[0].shard.dataset != shard.dataset:
+            close()
+        start = 0
+        for row, size in zip(fact.rows.tolist(), fact.bytes.tolist(), strict=True):
+            held += size
+            if held >= corpus_format.SHARD_BYTES:
+                pieces.append(Piece(shard, start, row + 1))
+                close()
+                start = row + 1
+        if held and len(fact.rows) and start <= fact.rows[-1]:
+            pieces.append(Piece(shard, start, int(fact.rows[-1]) + 1))
+    close()
+    return tasks
+
+
+def write_output(task: OutputTask) -> dict[str, Any]:
+    """Write one file unless it is there; returns {bytes, sha256, documents}."""
+    path, marker = Path(task.path), Path(task.path).with_suffix(".json")
+    if marker.exists() and path.exists():
+        known: dict[str, Any] = read_json(marker)
+        if path.stat().st_size == known["bytes"]:
+            return known
+    with ShardWriter(path) as writer:
+        for piece in task.pieces:
+            shard = piece.shard
+            rewritten = any(sidecar.new_texts() for sidecar in shard.sidecars)
+            for part in read_slices(shard, ("id", "text", "meta", "digest", ATTRIBUTES), piece.start, piece.stop):
+                for row in part.table.iter_rows(named=True):
+                    writer.write(f"{shard.dataset}/{row['id']}", row["text"], shard.dataset, _meta(row, rewritten))
+    result = {"bytes": writer.bytes, "sha256": writer.sha256, "documents": writer.documents}
+    write_marker(marker, result)
+    return result
+
+
+def _meta(row: dict[str, Any], rewritten: bool) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads(row["meta"])
+    if (attributes := json.loads(row[ATTRIBUTES])):
+        meta["attributes"] = attributes
+    if rewritten and "derived_from" not in meta and text_digest(row["text"].encode()) != row["digest"]:
+        meta["derived_from"] = row["digest"].hex()  # its split is decided by the text as it was read
+    return meta
+
+
+def write_drops(task: DropsTask) -> None:
+    """List the dropped rows of one shard, in their order, but for those that were only wished away."""
+    path = Path(task.path)
+    if path.exists():
+        return
+    reasons = final_reasons(task.shard)
+    raw = read_columns(task.shard.path, ["id", "place", "detail"])
+    rows = np.flatnonzero(np.array([reason is not None and reason not in WISHED_AWAY for reason in reasons], bool))
+    lines = []
+    for row, found in zip(rows.tolist(), raw.take(rows).to_pylist(), strict=True):
+        line = {"dataset": task.shard.dataset, "place": found["place"], "reason": reasons[row],
+                "detail": found["detail"] or "", "id": found["id"]}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(lines))
+
+
+def final_reasons(shard: Shard) -> list[str | None]:
+    """Why each row of the shard was dropped, None for those that are alive."""
+    reasons: list[str | None] = read_columns(shard.path, ["reason"]).column("reason").to_pylist()
+    for sidecar in shard.sidecars:
+        table = read_columns(sidecar.path, ["row", "reason"])
+        for row, reason in zip(table.column("row").to_pylist(), table.column("reason").to_pylist(), strict=True):
+            if reason is not None:
+                reasons[row] = reason
+    return reasons
