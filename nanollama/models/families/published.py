@@ -269,7 +269,7 @@ def _read_windows(values: Mapping[str, Any], family: Family, where: str) -> dict
         return {}
     if family.windows == "never":
         if values.get("use_sliding_window") or set(values.get("layer_types", [])) - {"full_attention"}:
-            raise ConfigError(f"{where}: use_sliding_window", "is on", "Only full attention is supported in this family.")
+            raise ConfigError(f"{where}: use_sliding_window", "is on", "This family has full attention only.")
         return {}
     window, layers = values.get("sliding_window", 0), values["num_hidden_layers"]
     used = values.get("use_sliding_window", False) if family.windows == "last_layers" else True
