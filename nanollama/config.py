@@ -30,7 +30,10 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls; parameters stay float32
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes per layer
     scan_unroll: int = 0  # layers per scan iteration; 0 = all (fastest on CPU and GPU, slower to compile)
-    attention: Literal["auto", "xla_chunked", "reference"] = "auto"
+    # who computes attention (`ops.attention`); "auto" takes the fastest that can, a name refuses what it cannot do
+    attention: Literal[
+        "auto", "xla_chunked", "pallas", "cudnn", "splash", "reference", "pallas_interpret", "splash_interpret"
+    ] = "auto"
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at one time
     moe: Literal["auto", "dropless", "capacity", "dense"] = "auto"  # how experts are computed; `ops.moe`
     moe_capacity: float = 2.0  # capacity only: slots of an expert, relative to even loads; tokens beyond are dropped,

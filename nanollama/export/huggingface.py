@@ -10,8 +10,11 @@ import functools
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.files import DataError, read_json, write_atomic, write_json
@@ -22,7 +25,7 @@ from nanollama.export.safetensors_file import write_safetensors
 from nanollama.export.tokenizer_json import tokenizer_json
 from nanollama.export.weights import FLOATS, Tensor, TensorInfo, publish, published_tensors
 from nanollama.models.families import FAMILIES
-from nanollama.models.families.published import write_config
+from nanollama.models.families.published import Exported, write_config
 from nanollama.training.checkpoint import find_step_folder, parameter_infos, read_metadata, restore_parameter
 
 _DEFAULT_LENGTH = 2048  # where neither the model nor the run says how long a text may be
@@ -39,7 +42,7 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "", shard
         raise DataError(f"{output}: is there already. Choose another --output, or delete it.")
     folder = find_step_folder(checkpoint)
     metadata = read_metadata(folder)
-    model = _exported_model(metadata)
+    model, factors = _exported(metadata)
     family = FAMILIES[model.family]
     config = write_config(model, family)
     dtype = dtype or metadata.get("lineage", {}).get("dtype", "float32")
@@ -50,12 +53,12 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "", shard
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise DataError(f"{run}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: damaged.")
     tensors = published_tensors(model, family)
-    _check_parameters(folder, tensors)
+    _check_parameters(folder, tensors, factors)
 
     staged = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        _write_weights(folder, tensors, staged, dtype, shard_bytes)
+        _write_weights(folder, tensors, factors, staged, dtype, shard_bytes)
         ids = _write_tokenizer(tokenizer, staged, model) if tokenizer is not None else {}
         write_json(staged / "config.json", {**config, "torch_dtype": dtype, **ids})
         write_json(staged / "generation_config.json", {"_from_model_config": True, **ids})
@@ -69,21 +72,21 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "", shard
     return output
 
 
-def _exported_model(metadata: dict[str, Any]) -> ModelConfig:
+def _exported(metadata: dict[str, Any]) -> Exported:
     config = metadata["config"]
     model = from_mapping(ModelConfig, config["model"], "config.model")
     if model.family not in FAMILIES:
         raise ConfigError("config.model.family", f"{model.family!r}", nearest(model.family, list(FAMILIES)))
-    if FAMILIES[model.family].becomes:
-        model = dataclasses.replace(model, family=FAMILIES[model.family].becomes)
     if not model.max_position_embeddings:
         length = config.get("data", {}).get("sequence_length", _DEFAULT_LENGTH)
         model = dataclasses.replace(model, max_position_embeddings=length)
-    return model
+    rewrite = FAMILIES[model.family].exported
+    return Exported(model) if rewrite is None else rewrite(model)
 
 
-def _check_parameters(folder: Path, tensors: list[Tensor]) -> None:
-    saved, needed = set(parameter_infos(folder)), {tensor.map.ours for tensor in tensors}
+def _check_parameters(folder: Path, tensors: list[Tensor], factors: Mapping[str, float]) -> None:
+    saved = set(parameter_infos(folder))
+    needed = {tensor.map.ours for tensor in tensors if factors.get(tensor.map.ours, 1.0)}
     if saved != needed:
         raise DataError(
             f"{folder}: its parameters are not those that its configuration says: {sorted(saved ^ needed)}. "
@@ -91,18 +94,28 @@ def _check_parameters(folder: Path, tensors: list[Tensor]) -> None:
         )
 
 
-def _write_weights(folder: Path, tensors: list[Tensor], output: Path, dtype: str, shard_bytes: int) -> None:
+def _write_weights(
+    folder: Path, tensors: list[Tensor], factors: Mapping[str, float], output: Path, dtype: str, shard_bytes: int
+) -> None:
     by_parameter: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         by_parameter.setdefault(tensor.map.ours, []).append(tensor)
     by_name = {tensor.name: tensor for tensor in tensors}
+
+    def load(path: str) -> np.ndarray | None:
+        return restore_parameter(folder, path) if factors.get(path, 1.0) else None
+
+    def cut(parameter: np.ndarray | None, name: str) -> np.ndarray:
+        tensor = by_name[name]
+        if parameter is None:
+            return np.zeros(tensor.shape, FLOATS[dtype])
+        return publish(parameter, tensor, dtype, factors.get(tensor.map.ours, 1.0))
+
     groups = [
-        (functools.partial(restore_parameter, folder, path), [(t.name, TensorInfo(t.shape, dtype)) for t in group])
+        (functools.partial(load, path), [(t.name, TensorInfo(t.shape, dtype)) for t in group])
         for path, group in by_parameter.items()
     ]
-    write_safetensors(
-        output, groups, lambda parameter, name: publish(parameter, by_name[name], dtype), shard_bytes=shard_bytes
-    )
+    write_safetensors(output, groups, cut, shard_bytes=shard_bytes)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, output: Path, model: ModelConfig) -> dict[str, Any]:
