@@ -10,7 +10,7 @@ import functools
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nanollama.export.tokenizer_json import tokenizer_json
 from nanollama.export.weights import FLOATS, Tensor, TensorInfo, publish, published_tensors
 from nanollama.models.families import FAMILIES
 from nanollama.models.families.published import Exported, write_config
-from nanollama.training.checkpoint import find_step_folder, parameter_infos, read_metadata, restore_parameter
+from nanollama.training.checkpoint import find_step_folder, parameter_infos, parameter_reader, read_metadata
 
 _DEFAULT_LENGTH = 2048  # where neither the model nor the run says how long a text may be
 
@@ -35,7 +35,8 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "", shard
     """Write the published form of a run's newest good checkpoint to `output`, which must not exist.
 
     dtype: of the weights; "" keeps that of the weights it was imported from, else float32 (the same logits).
-    One parameter at a time is in memory. Errors: DataError and ConfigError, before `output` exists.
+    One tensor at a time is in memory, or one chunk of the checkpoint (`training.checkpoint.parameter_reader`).
+    Errors: DataError and ConfigError, before `output` exists.
     """
     output = Path(output)
     if output.exists() and any(output.iterdir()):
@@ -97,23 +98,20 @@ def _check_parameters(folder: Path, tensors: list[Tensor], factors: Mapping[str,
 def _write_weights(
     folder: Path, tensors: list[Tensor], factors: Mapping[str, float], output: Path, dtype: str, shard_bytes: int
 ) -> None:
-    by_parameter: dict[str, list[Tensor]] = {}
-    for tensor in tensors:
-        by_parameter.setdefault(tensor.map.ours, []).append(tensor)
     by_name = {tensor.name: tensor for tensor in tensors}
 
-    def load(path: str) -> np.ndarray | None:
-        return restore_parameter(folder, path) if factors.get(path, 1.0) else None
+    @functools.lru_cache(maxsize=1)  # tensors of one parameter come one after the other, and share its chunks
+    def load(path: str, stacked: int) -> Callable[[tuple[int, ...]], np.ndarray] | None:
+        return parameter_reader(folder, path, stacked) if factors.get(path, 1.0) else None
 
-    def cut(parameter: np.ndarray | None, name: str) -> np.ndarray:
+    def cut(read: Callable[[tuple[int, ...]], np.ndarray] | None, name: str) -> np.ndarray:
         tensor = by_name[name]
-        if parameter is None:
+        if read is None:
             return np.zeros(tensor.shape, FLOATS[dtype])
-        return publish(parameter, tensor, dtype, factors.get(tensor.map.ours, 1.0))
+        return publish(read(tensor.at), tensor, dtype, factors.get(tensor.map.ours, 1.0))
 
     groups = [
-        (functools.partial(load, path), [(t.name, TensorInfo(t.shape, dtype)) for t in group])
-        for path, group in by_parameter.items()
+        (functools.partial(load, t.map.ours, len(t.at)), [(t.name, TensorInfo(t.shape, dtype))]) for t in tensors
     ]
     write_safetensors(output, groups, cut, shard_bytes=shard_bytes)
 

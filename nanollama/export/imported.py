@@ -39,7 +39,7 @@ def write_run(
     left_out: str = "",
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Check, convert and save; returns the run folder. One parameter at a time is in memory.
+    """Check, convert and save; returns the run folder. One published tensor at a time is in memory.
 
     make_tokenizer: freezes the published tokenizer in the folder it is given; None: there is none to import.
     left_out: pattern of the published tensors that are not read.
@@ -94,8 +94,11 @@ def _save(
 ) -> None:
     shapes, begin = parameter_shapes(model), time.perf_counter()
     readers = adopt(source, tensors, model)
-    params = {path: LazyArray(_checked(path, readers[path]), shapes[path]) for path in sorted(shapes)}
-    step = LazyArray(lambda: np.zeros((), np.int32), (), np.int32)
+    params = {
+        path: LazyArray(_checked(path, readers[path].read), shapes[path], stacked=readers[path].stacked)
+        for path in sorted(shapes)
+    }
+    step = LazyArray(lambda index: np.zeros((), np.int32), (), np.int32)
     checkpoints = LazyCheckpoints(output / "checkpoints", CheckpointConfig())
     try:
         checkpoints.save(0, {"params": nested(params), "step": step}, metadata)
@@ -107,9 +110,12 @@ def _save(
     )
 
 
-def _checked(path: str, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-    def checked() -> np.ndarray:
-        array = read()
+Read = Callable[[tuple[int, ...]], np.ndarray]
+
+
+def _checked(path: str, read: Read) -> Read:
+    def checked(index: tuple[int, ...]) -> np.ndarray:
+        array = read(index)
         if not np.isfinite(array.min()) or not np.isfinite(array.max()):  # no copy, unlike isfinite(array)
             raise DataError(f"{path}: holds NaN or infinite values. The weights are damaged: download them again.")
         return array

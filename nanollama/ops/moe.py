@@ -49,6 +49,19 @@ class RouterSums(NamedTuple):
     dropped_B: jax.Array  # assignments without a slot
 
 
+class MoeSums(NamedTuple):
+    """What the layers of a batch's mixtures did: sums over rows, ready to be added up over micro-batches and devices.
+
+    balance, z: per row the mean over its real tokens, times the row's loss weight, summed over layers; divided by the
+    batch's weight they are means in which a row counts by its labels. Only these two carry gradients.
+    """
+
+    balance: jax.Array  # `uneven`
+    z: jax.Array  # logsumexp^2
+    load_LE: jax.Array  # assignments
+    dropped: jax.Array  # assignments without a slot
+
+
 def route(logits_NE: jax.Array, moe: MoeConfig, bias_E: jax.Array | None = None) -> Routing:
     """Choose experts by float32 logits.
 
@@ -150,6 +163,20 @@ def router_sums(routing: Routing, real_BT: jax.Array, dropped_NJ: jax.Array | No
         total(routing.logsumexp_N**2)[:, 0],
         total(dropped_N)[:, 0],
     )
+
+
+def moe_sums(sums: RouterSums, weight_B: jax.Array, experts_per_token: int, balance: str) -> MoeSums:
+    """Of [L, B, ...] router sums; weight_B: each row's loss weight.
+
+    balance: "sequence", loads even within each row (DeepSeek V2 and V3); "batch", over all rows here (Switch, Mixtral),
+    which is a product of means and so no sum over micro-batches.
+    """
+    tokens_LB, load_LBE, scores_LBE = sums.tokens_B, sums.load_BE, sums.scores_BE
+    z_LB, load_LE = sums.z_B / jnp.maximum(tokens_LB, 1.0), load_LBE.sum(axis=1)
+    if balance == "batch":
+        load_LBE, scores_LBE, tokens_LB = (x.sum(axis=1, keepdims=True) for x in (load_LBE, scores_LBE, tokens_LB))
+    uneven_LB = uneven(load_LBE, scores_LBE, tokens_LB, experts_per_token)
+    return MoeSums(jnp.sum(weight_B * uneven_LB), jnp.sum(weight_B * z_LB), load_LE, sums.dropped_B.sum())
 
 
 def real_tokens(first_key_BT: jax.Array) -> jax.Array:

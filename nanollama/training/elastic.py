@@ -55,7 +55,9 @@ def make_train_step(
         return gradients, sums
 
     gradient_on_each = on_each_device(gradient, mesh)
-    apply = jax.jit(functools.partial(update, optimizer=optimizer, schedule=schedule), donate_argnums=0)
+    rate = config.loss.bias_update_rate
+    step = functools.partial(update, optimizer=optimizer, schedule=schedule, bias_update_rate=rate)
+    apply = jax.jit(step, donate_argnums=0)
 
     def train_step(state: TrainState, batch: Turns) -> tuple[TrainState, Metrics]:
         gradients, sums = _sum_over(gradient_on_each, state.params, batch, mesh)
