@@ -3,10 +3,10 @@
 Pure; knows neither parameters nor meshes. Letters as in `models.decoder`, and
     E experts    J experts per token    F width of one    C slots of an expert    M = N * J assignments
 
-The router is float32 throughout: a rounded score chooses another expert. There are three ways to compute the same sum
-over a token's experts: `dropless` (tokens sorted by expert, one ragged product), `capacity` (an equal number of slots
-per expert, so that products are dense; the same sum unless a token finds no slot, which is counted) and `dense`, the
-slow twin (every expert on every token).
+The router is float32 throughout: a rounded score chooses another expert. There are four ways to compute the same sum
+over a token's experts: `dropless` (tokens sorted by expert, one ragged product), `blocked` (the same in dense blocks,
+for CPU), `capacity` (an equal number of slots per expert; the same sum unless a token finds no slot, which is counted)
+and `dense`, the slow twin (every expert on every token).
 """
 
 import math
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import MoeConfig
+from nanollama.ops.attention import device
 from nanollama.ops.mlp import swiglu
 
 
@@ -89,6 +90,25 @@ def route(logits_NE: jax.Array, moe: MoeConfig, bias_E: jax.Array | None = None)
     return Routing(experts_NJ, weights_NJ * moe.scale, scores_NE, jax.nn.logsumexp(logits_NE, axis=-1))
 
 
+def mix(
+    x_ND: jax.Array, routing: Routing, experts: Experts, *, path: str, factor: float, real_N: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """The experts' weighted sum [N, D] by the path of that name, and which assignments were dropped, if any can be.
+
+    auto: blocked on CPU, else dropless. On two CPU cores, forward and backward of 2048 tokens of width 256 through 2 of
+    8 experts of width 512 take 0.40 processor seconds blocked, 1.60 dropless, 0.88 dense, 0.25 with capacity 1.25.
+    Errors: ValueError on an unknown path.
+    """
+    if path == "capacity":
+        return capacity(x_ND, routing, experts, factor=factor, real_N=real_N)
+    if path == "auto":
+        path = "blocked" if device()[0] == "cpu" else "dropless"
+    paths = {"dropless": dropless, "blocked": blocked, "dense": dense}
+    if path not in paths:
+        raise ValueError(f"moe: unknown path {path!r}; known: auto, capacity, {', '.join(paths)}")
+    return paths[path](x_ND, routing, experts), None
+
+
 def dense(x_ND: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
     """The slow twin: every expert on every token, one expert after another."""
     chosen_NJE = routing.experts_NJ[..., None] == jnp.arange(len(experts.gate_EDF))
@@ -138,6 +158,32 @@ def capacity(
     out_ECD = jnp.einsum("ecf,efd->ecd", swiglu(gate_ECF, up_ECF), experts.down_EFD)
     out_NJD = _take(out_ECD.reshape(E * C, D), slot_M, holder_S).reshape(N, J, D)
     return _combine(out_NJD, routing), (expert_NJ < E) & ~has_slot_NJ
+
+
+def blocked(x_ND: jax.Array, routing: Routing, experts: Experts, *, rows: int = 128) -> jax.Array:
+    """`dropless` for CPU, where a ragged product is slow: assignments sorted by expert into blocks of `rows`.
+
+    Each expert's last block is filled up, so there are C = M / rows + E blocks at most, and every product is dense: a
+    block times a copy of its expert's weights.
+    """
+    (N, D), E, J = x_ND.shape, len(experts.gate_EDF), routing.experts_NJ.shape[1]
+    M = N * J
+    C = -(-M // rows) + E
+    expert_M = routing.experts_NJ.reshape(-1)
+    chosen_ME = expert_M[:, None] == jnp.arange(E)
+    rank_M = jnp.sum(jnp.where(chosen_ME, jnp.cumsum(chosen_ME, axis=0, dtype=jnp.int32) - 1, 0), axis=1)
+    blocks_E = -(-chosen_ME.sum(axis=0, dtype=jnp.int32) // rows)
+    end_E = jnp.cumsum(blocks_E)
+    slot_M = (end_E - blocks_E)[expert_M] * rows + rank_M
+    holder_S = jnp.full(C * rows, M, jnp.int32).at[slot_M].set(jnp.arange(M, dtype=jnp.int32))  # M: nobody
+    expert_C = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(C), side="right"), E - 1)
+    is_of_CE = (expert_C[:, None] == jnp.arange(E)).astype(x_ND.dtype)
+    x_CRD = _take(jnp.repeat(x_ND, J, axis=0), holder_S, slot_M).reshape(C, rows, D)
+    # Copies by a product with ones: exact, and so is its gradient, a sum over an expert's blocks.
+    gate_CDF, up_CDF, down_CFD = (jnp.einsum("ce,eio->cio", is_of_CE, weights) for weights in experts)
+    hidden_CRF = swiglu(jnp.einsum("crd,cdf->crf", x_CRD, gate_CDF), jnp.einsum("crd,cdf->crf", x_CRD, up_CDF))
+    out_CRD = jnp.einsum("crf,cfd->crd", hidden_CRF, down_CFD)
+    return _combine(_take(out_CRD.reshape(C * rows, D), slot_M, holder_S).reshape(N, J, D), routing)
 
 
 def slots(tokens: int, experts_per_token: int, num_experts: int, factor: float) -> int:
