@@ -103,8 +103,11 @@ def write_safetensors(
     cut: Callable[[Any, str], np.ndarray],
     *,
     shard_bytes: int,
+    single: str = SINGLE_FILE,
 ) -> list[Path]:
     """Write tensors as one file, or as shards of about `shard_bytes` with an index; returns the files.
+
+    single: the name of the file where there is only one.
 
     groups: (load, [(name, info)]): `load()` is called when the first tensor of its group is due, and its result
     handed to `cut(loaded, name)` for each; so no more than one group is in memory. A group is never in two files.
@@ -115,8 +118,7 @@ def write_safetensors(
     of_tensor: dict[str, str] = {}
     paths = []
     for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        name = SINGLE_FILE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / name, shard, cut)
         of_tensor |= {tensor: name for _, tensors in shard for tensor, _ in tensors}
         paths.append(directory / name)
