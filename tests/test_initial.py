@@ -157,7 +157,7 @@ def test_a_base_is_proved_by_its_hash(data: Path, adapters: Path, tmp_path: Path
     folder = alone / "adapters/checkpoints/4"
     metadata = json.loads((folder / "metadata/metadata").read_text())
     metadata["parent"]["path"] = "gone/extended"
-    with pytest.raises(CheckpointError, match="its base is gone|their base is gone"):
+    with pytest.raises(CheckpointError, match="their base is gone"):
         initial._find_base(metadata, folder.parent)
     shutil.copytree(data / "extended", alone / "extended")  # found beside the run
     assert initial._find_base(metadata, folder.parent).parent.parent == alone / "extended"
@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:
         initial.find_parent(dataclasses.replace(config_of(data, lora=LORA), model=longer), tokenizer)
     with pytest.raises(DataError, match="the same ids mean other text"):
         initial.find_parent(config, Tokenizer.load(data / "old_tokenizer"))
-    with pytest.raises(ConfigError, match="config.initial_checkpoint"):
+    with pytest.raises(ConfigError, match=r"config\.initial_checkpoint"):
         initial.find_parent(dataclasses.replace(config, initial_checkpoint=str(tmp_path)), tokenizer)
     random_run(tmp_path / "untold", None, config.model)
     with pytest.raises(CheckpointError, match="imported without a tokenizer"):

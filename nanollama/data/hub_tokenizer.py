@@ -43,7 +43,7 @@ class HubTokenizer(Tokenizer):
         self.eos_id, self.pad_id = manifest["eos_id"], manifest["pad_id"]
 
     @property
-    def special_tokens(self) -> dict[str, int]:  # type: ignore[override]
+    def special_tokens(self) -> dict[str, int]:
         """Ids of the tokens that no text is encoded to."""
         return self._special
 

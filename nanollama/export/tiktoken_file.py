@@ -42,7 +42,9 @@ _QWEN2_SPECIAL = (
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 KINDS = {
-    "llama3": Kind(128_000, LLAMA3, _LLAMA3_SPECIAL, "<|begin_of_text|>", "<|end_of_text|>", ("<|eot_id|>", "<|eom_id|>")),
+    "llama3": Kind(
+        128_000, LLAMA3, _LLAMA3_SPECIAL, "<|begin_of_text|>", "<|end_of_text|>", ("<|eot_id|>", "<|eom_id|>")
+    ),
     "qwen": Kind(151_643, QWEN2, _QWEN2_SPECIAL, None, "<|endoftext|>", ("<|im_end|>",), "NFC"),
     "cl100k": Kind(100_256, LLAMA3, ("<|endoftext|>",), None, "<|endoftext|>"),
     "gpt2": Kind(50_256, _GPT2, ("<|endoftext|>",), None, "<|endoftext|>"),
