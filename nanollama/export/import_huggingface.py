@@ -69,7 +69,14 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         complete = min(processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id()) >= 0
         if complete and (not file or _size(file) == processor.vocab_size()):
-            return freeze(folder, model, algorithm=settings.get("algorithm", "published"), corpus=corpus)
+            return freeze(
+                folder,
+                model,
+                algorithm=settings.get("algorithm", "published"),
+                corpus=corpus,
+                chat_template=_chat_template(source, settings),
+                more={"stop_ids": _stop_ids(source)},
+            )
         file = file or tokenizer_json(model, add_bos=True)
     if not file:
         raise DataError(f"{source / MODEL_FILE}: not a SentencePiece model. Add the model's {TOKENIZER_FILE}.")
@@ -79,7 +86,6 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
     eos = _token(settings.get("eos_token")) or (_piece(file, stops[0]) if stops else None)
     if eos is None:
         raise DataError(f"{source / TOKENIZER_CONFIG}: names no eos_token, so no answer would ever end. Add it.")
-    template = source / CHAT_TEMPLATE_FILE
     return freeze_tokenizer_json(
         folder,
         file,
@@ -87,7 +93,7 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
         eos=eos,
         pad=_token(settings.get("pad_token")),
         stop_ids=stops,
-        chat_template=template.read_text(encoding="utf-8") if template.is_file() else _template(settings),
+        chat_template=_chat_template(source, settings),
         corpus=corpus,
     )
 
@@ -113,8 +119,10 @@ def _token(value: Any) -> str | None:
     return value["content"] if isinstance(value, dict) else value
 
 
-def _template(settings: dict[str, Any]) -> str | None:
-    """chat_template is a text, or a list of named ones."""
+def _chat_template(source: Path, settings: dict[str, Any]) -> str | None:
+    """Of a file of its own, or of tokenizer_config.json: a text, or a list of named ones."""
+    if (source / CHAT_TEMPLATE_FILE).is_file():
+        return (source / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
     found = settings.get("chat_template")
     if isinstance(found, list):
         named = {entry["name"]: entry["template"] for entry in found}

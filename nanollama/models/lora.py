@@ -29,8 +29,8 @@ def scale(lora: LoraConfig) -> float:
 
 
 def is_target(name: str, lora: LoraConfig) -> bool:
-    """Whether a pattern matches the parameter: its name ("query") or its path ("layers/query")."""
-    return any(fnmatch.fnmatchcase(full, pattern) for pattern in lora.targets for full in (name, f"layers/{name}"))
+    """Whether a pattern matches the name of a layer's parameter, "query"; one pattern for all layers."""
+    return any(fnmatch.fnmatchcase(name, pattern.removeprefix("layers/")) for pattern in lora.targets)
 
 
 def check_targets(lora: LoraConfig, adaptable: Iterable[str]) -> None:

@@ -35,7 +35,7 @@ Axes = tuple[str, ...]
 # RMS of a Muon update, so that it matches AdamW's and one learning rate serves both: arXiv:2502.16982, section 2.2.
 MUON_UPDATE_RMS = 0.2
 _BATCH_AXES = ("layers", "expert")  # one matrix each
-_IN_MATRICES = {"embed", "latent", "rank"}  # an axis of each matrix, and of nothing else but norms
+_IN_MATRICES = {"embed", "latent", "rank"}  # each matrix has one of these axes; norms and biases have none
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

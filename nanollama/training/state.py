@@ -104,8 +104,9 @@ def _boxed_parameters(model: ModelConfig, lora: LoraConfig | None = None) -> Any
         return jax.eval_shape(functools.partial(init_params, decoder), 0)
 
     if lora is not None:
-        everything = trace(LoraConfig(targets=("*",)))["layers"]
-        loras.check_targets(lora, [name.removesuffix(loras.A) for name in everything if name.endswith(loras.A)])
+        stacks = [part for part in trace(LoraConfig(targets=("*",))).values() if isinstance(part, dict)]
+        found = {name.removesuffix(loras.A) for stack in stacks for name in stack if name.endswith(loras.A)}
+        loras.check_targets(lora, found)
     return trace(lora)
 
 
