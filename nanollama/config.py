@@ -109,7 +109,7 @@ class LoraConfig:
     rank: int = 16
     alpha: float = 32.0  # an adapter's output is scaled by alpha / rank
     dropout: float = 0.0  # of an adapter's input, in training only
-    targets: tuple[str, ...] = ("query", "key", "value", "output", "gate", "up", "down")  # names; * and ? match any
+    targets: tuple[str, ...] = ("*",)  # names of linear layers, e.g. "query"; * and ? match any
     rank_stabilised: bool = False  # scale by alpha / sqrt(rank) instead (arXiv:2312.03732)
     train_rows_from: int = 0  # rows of embedding and head from this id on are trained too: added tokens; 0 = none
 

@@ -10,7 +10,7 @@ import pytest
 from test_sharding_equivalence import assert_close
 from tiny import MODEL, Training, host_state, random_batch, tiny_config
 
-from nanollama.config import ConfigError, LoraConfig, MeshConfig, OptimizerConfig
+from nanollama.config import ConfigError, LoraConfig, MeshConfig, MoeConfig, OptimizerConfig
 from nanollama.models import lora as loras
 from nanollama.models.decoder import Decoder, head
 from nanollama.training import state as states
@@ -142,3 +142,37 @@ def test_a_target_that_is_no_layer_names_the_nearest() -> None:
 def test_adapters_are_never_left_out_in_silence() -> None:
     with pytest.raises(ValueError, match="Decoder was made without it"):
         logits(host_state(CONFIG).params, None)
+
+
+# --- experts ---
+
+MOE = LoraConfig(rank=4, alpha=8.0, dropout=0.25, targets=("expert_*", "shared_up", "output"))
+MOE_CONFIG = tiny_config(
+    rows=8,
+    lora=MOE,
+    model=dataclasses.replace(
+        MODEL, moe=MoeConfig(num_experts=4, experts_per_token=2, expert_size=32, shared_size=32, first_dense_layers=1)
+    ),
+)
+
+
+def test_experts_have_adapters_of_their_own() -> None:
+    one, mesh = Training(MOE_CONFIG), Training(MOE_CONFIG, MeshConfig(data=2, expert=2))
+    a = one.state.params["layers"][f"expert_up{loras.A}"]
+    assert a.shape == (1, 4, 32, 4), "[layers, experts, inputs, rank]"
+    assert f"output{loras.A}" in one.state.params["dense_layers"]
+    gradients, expected = mesh.gradient(random_batch(0))[0], one.gradient(random_batch(0))[0]
+    assert set(gradients["layers"]) == {
+        f"{name}{suffix}" for name in ("expert_gate", "expert_up", "expert_down", "shared_up", "output")
+        for suffix in (loras.A, loras.B)
+    }  # fmt: skip
+    assert_close(gradients, expected, 1e-5)
+    per_expert = np.abs(gradients["layers"][f"expert_down{loras.B}"]).max(axis=(0, 2, 3))
+    assert per_expert.min() > 0 and len(set(per_expert.tolist())) == 4
+    moved = jax.tree.map(lambda x: x + 0.05, loras.learned(host_state(MOE_CONFIG).params))
+    params = loras.with_learned(host_state(MOE_CONFIG).params, moved)
+    batch = one.put(random_batch(3))
+    plain = Training(dataclasses.replace(MOE_CONFIG, lora=None))
+    found, whole = plain.evaluate(loras.merge(params, MOE), batch), one.evaluate(params, batch)
+    assert_close(found, whole, 1e-5)
+    assert abs(float(whole.nll) / float(one.evaluate(host_state(MOE_CONFIG).params, batch).nll) - 1) > 1e-3
