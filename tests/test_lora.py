@@ -169,7 +169,9 @@ def test_experts_have_adapters_of_their_own() -> None:
     assert_close(gradients, expected, 1e-5)
     per_expert = np.abs(gradients["layers"][f"expert_down{loras.B}"]).max(axis=(0, 2, 3))
     assert per_expert.min() > 0 and len(set(per_expert.tolist())) == 4
-    moved = jax.tree.map(lambda x: x + 0.05, loras.learned(host_state(MOE_CONFIG).params))
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), loras.learned(
+        host_state(MOE_CONFIG).params))  # fmt: skip
     params = loras.with_learned(host_state(MOE_CONFIG).params, moved)
     batch = one.put(random_batch(3))
     plain = Training(dataclasses.replace(MOE_CONFIG, lora=None))

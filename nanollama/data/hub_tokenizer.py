@@ -93,10 +93,7 @@ def freeze_tokenizer_json(
     by id). more: further fields of the manifest. Errors: DataError when the file cannot be read or lacks a token.
     """
     directory = Path(directory)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(model)
-    except Exception as error:  # the library raises Exception itself
-        raise DataError(f"tokenizer.json for {directory}: {error}. Download it again.") from error
+    tokenizer = open_json(model, f"tokenizer.json for {directory}")
 
     def token_id(token: str | None, what: str) -> int:
         found = None if token is None else tokenizer.token_to_id(token)
@@ -127,9 +124,17 @@ def freeze_tokenizer_json(
     return Tokenizer.load(directory)
 
 
+def open_json(model: bytes, where: str) -> "tokenizers.Tokenizer":
+    """A tokenizer.json in the library's hands. Errors: DataError when it cannot be read."""
+    try:
+        return tokenizers.Tokenizer.from_buffer(model)
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(f"{where}: {error}. Download it again.") from error
+
+
 def begins_with(model: bytes) -> str | None:
-    """The special token that a tokenizer.json puts before every text, if it does."""
-    tokenizer = tokenizers.Tokenizer.from_buffer(model)
+    """The special token that a tokenizer.json puts before every text, if it does. Errors: as `open_json`."""
+    tokenizer = open_json(model, "tokenizer.json")
     encoding = tokenizer.encode("a", add_special_tokens=True)
     return encoding.tokens[0] if encoding.special_tokens_mask[:1] == [1] else None
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import sentencepiece
 
-from nanollama.config import ConfigError
+from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.files import DataError, read_json, sha256_file
 from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, Tokenizer, freeze
 from nanollama.export.imported import write_run
 from nanollama.export.safetensors_file import SafetensorsDirectory, metadata_of
 from nanollama.export.tokenizer_json import tokenizer_json
-from nanollama.export.weights import published_tensors
+from nanollama.export.weights import Tensor, published_tensors
 from nanollama.models.families import family_of
-from nanollama.models.families.published import read_config
+from nanollama.models.families.published import Family, read_config
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -35,12 +35,12 @@ def import_model(source: str | Path, output: str | Path, say: Callable[[str], No
     if not config_file.is_file():
         raise DataError(f"{config_file}: no such file. --source is a folder that transformers wrote or downloaded.")
     config = read_json(config_file)
+    if not isinstance(config, dict):
+        raise DataError(f"{config_file}: is no table of fields. Restore it.")
     if "model_type" not in config:
         raise ConfigError(f"{config_file}: model_type", "is missing", "Restore the config.json.")
-    name, family = family_of(config["model_type"], str(config_file))
-    model = read_config(config, name, family, str(config_file))
+    model, family, tensors = _architecture(config, str(config_file))
     weights = SafetensorsDirectory(source)
-    tensors = published_tensors(model, family)
     lineage = {
         "source": source.name,
         "format": "huggingface",
@@ -55,6 +55,18 @@ def import_model(source: str | Path, output: str | Path, say: Callable[[str], No
     return write_run(output, model, weights, tensors, lineage=lineage, make_tokenizer=make, say=say)
 
 
+def _architecture(config: dict[str, Any], where: str) -> tuple[ModelConfig, Family, list[Tensor]]:
+    """The model that a config.json describes, and its tensors. Errors: ConfigError and DataError."""
+    try:
+        name, family = family_of(config["model_type"], where)
+        model = read_config(config, name, family, where)
+        return model, family, published_tensors(model, family)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"{where}: a field has a value it cannot have ({error}). Restore the config.json.") from error
+
+
 def freeze_published(source: Path, folder: Path) -> Tokenizer:
     """The tokenizer of `source`, frozen in `folder`.
 
@@ -62,6 +74,8 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
     from the SentencePiece model. Errors: DataError.
     """
     settings = read_json(source / TOKENIZER_CONFIG) if (source / TOKENIZER_CONFIG).is_file() else {}
+    if not isinstance(settings, dict):
+        raise DataError(f"{source / TOKENIZER_CONFIG}: is no table of fields. Restore it.")
     corpus = {"published_with": source.name}
     model = (source / MODEL_FILE).read_bytes() if (source / MODEL_FILE).is_file() else b""
     file = (source / TOKENIZER_FILE).read_bytes() if (source / TOKENIZER_FILE).is_file() else b""
@@ -116,7 +130,11 @@ def _piece(file: bytes, number: int) -> str | None:
 
 
 def _token(value: Any) -> str | None:
-    return value["content"] if isinstance(value, dict) else value
+    """A token's text: given so, or as a table with its content."""
+    found = value.get("content") if isinstance(value, dict) else value
+    if found is not None and not isinstance(found, str):
+        raise DataError(f"{TOKENIZER_CONFIG}: {value!r} is no token. Restore the file.")
+    return found
 
 
 def _chat_template(source: Path, settings: dict[str, Any]) -> str | None:
@@ -125,16 +143,22 @@ def _chat_template(source: Path, settings: dict[str, Any]) -> str | None:
         return (source / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
     found = settings.get("chat_template")
     if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        return named.get("default")
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise DataError(f"{source / TOKENIZER_CONFIG}: chat_template is no text. Restore the file.")
     return found
 
 
 def _stop_ids(source: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        found = read_json(source / name).get("eos_token_id") if (source / name).is_file() else None
+        settings = read_json(source / name) if (source / name).is_file() else {}
+        found = settings.get("eos_token_id") if isinstance(settings, dict) else None
         if found is not None:
-            return found if isinstance(found, list) else [found]
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(number) is int and number >= 0 for number in ids):
+                raise DataError(f"{source / name}: eos_token_id {found!r} is no id. Restore the file.")
+            return ids
     return []
 
 
