@@ -87,7 +87,9 @@ def merge_one(name: str, weight: Any, find: Callable[[str], Any], lora: LoraConf
         weight = weight + _filled_up(rows, weight.shape)
     if a is None:
         return weight
-    return weight + product(a, b, weight.shape) * scale(lora)
+    merged = product(a * scale(lora), b, weight.shape)
+    merged += weight  # NumPy: in place, so that no third copy of a large weight is made
+    return merged
 
 
 def product(a: Any, b: Any, shape: tuple[int, ...]) -> Any:
