@@ -121,7 +121,8 @@ def test_export_merged_strips_the_padding(data: Path, adapters: Path, tmp_path: 
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["vocab_size"] == NEW
     card = (tmp_path / "out/README.md").read_text()
-    assert "adapters (rank 2, alpha 4) of query, up" in card and checkpoint_hash(find_step_folder(data / "extended")) in card
+    assert "adapters (rank 2, alpha 4) of query, up" in card
+    assert checkpoint_hash(find_step_folder(data / "extended")) in card
     tensors = SafetensorsDirectory(tmp_path / "out")
     merged = load_model(adapters).params
     np.testing.assert_allclose(tensors.read("model.embed_tokens.weight"), merged["embedding"][:NEW], atol=1e-6)
