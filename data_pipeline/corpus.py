@@ -290,7 +290,8 @@ class _Run:
                 f"{self.output}: the corpus is empty: no document of any dataset was kept.\n"
                 f"{cards.drops_table(manifest)}\nCheck text_field, format and filters of the mixture.")
         outputs = plan_outputs(shards, facts, self.cache / "corpus")
-        drops = [DropsTask(shard, str(self.cache / "drops" / f"{shard.key[:32]}.jsonl")) for shard in shards]
+        drops = [DropsTask(shard, str(self.cache / "drops" / f"{shard.key[:32]}.jsonl"), self._rows_path(shard))
+                 for shard in shards]
         written: dict[int, dict[str, Any]] = {}
         for number, result in self._shown_run("writing", write_output, outputs, [1] * len(outputs)):
             written[number] = result
@@ -319,15 +320,22 @@ class _Run:
             return os.path.relpath(path, self.output)
 
         return {"schema_version": 1, "shards": [
-            {"dataset": shard.dataset, "number": shard.number, "rows": shard.rows, "raw": relative(shard.path),
+            {"dataset": shard.dataset, "number": shard.number, "rows": relative(self._rows_path(shard)),
              "stages": [{"stage": sidecar.stage, "section": sidecar.section, "path": relative(sidecar.path)}
                         for sidecar in shard.sidecars]}
             for shard in shards]}
+
+    def _rows_path(self, shard: Shard) -> str:
+        """Where the rows of a raw shard are described; named by the shard."""
+        raw = Path(shard.path)
+        name = f"rows-{raw.parent.name[:16]}-{raw.stem}.parquet"
+        return str(self.decisions / shard.dataset / f"{shard.number:05d}" / name)
 
     def _tidy(self, shards: list[Shard]) -> None:
         """Remove what this corpus was not made from, and what can only be used once."""
         sidecars = [sidecar for shard in shards for sidecar in shard.sidecars]
         kept = {Path(sidecar.path) for sidecar in sidecars} | {self.output / INDEX}
+        kept |= {Path(self._rows_path(shard)) for shard in shards}
         kept |= {Path(sidecar.texts) for sidecar in sidecars if sidecar.texts}
         folders = {Path(shard.path).parent for shard in shards}
         for root in (self.decisions, self.cache):

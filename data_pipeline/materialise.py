@@ -16,7 +16,7 @@ from data_pipeline import corpus_format
 from data_pipeline.corpus_format import ShardWriter
 from data_pipeline.documents import text_digest
 from data_pipeline.sampling import NOT_SAMPLED, OVER_CAP
-from data_pipeline.shards import ATTRIBUTES, Facts, Shard, read_columns, read_slices, write_marker
+from data_pipeline.shards import ATTRIBUTES, RAW, Facts, Shard, read_columns, read_slices, write_marker, write_table
 from nanollama.data.files import read_json, sha256_json, write_atomic
 
 STAGE_VERSION = 1  # raise it when the same documents would give other bytes
@@ -48,10 +48,11 @@ class OutputTask:
 
 @dataclasses.dataclass(frozen=True)
 class DropsTask:
-    """The dropped rows of one shard."""
+    """What is told of the rows of one shard: the dropped ones as lines, all of them as a table without their text."""
 
     shard: Shard
-    path: str
+    path: str  # of the lines
+    rows: str  # of the table
 
 
 def plan_outputs(shards: Sequence[Shard], facts: Sequence[Facts], cache: Path) -> list[OutputTask]:
@@ -114,8 +115,11 @@ def _meta(row: dict[str, Any], rewritten: bool) -> dict[str, Any]:
 
 
 def write_drops(task: DropsTask) -> None:
-    """List the dropped rows of one shard, in their order, but for those that were only wished away."""
+    """List the dropped rows of one shard, in their order, but for those that were only wished away; and describe all
+    rows, so that `data_pipeline.explain` needs no raw shard."""
     path = Path(task.path)
+    if not Path(task.rows).exists():
+        write_table(task.rows, read_columns(task.shard.path, [name for name in RAW.names if name != "text"]))
     if path.exists():
         return
     reasons = final_reasons(task.shard)

@@ -10,45 +10,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from data_pipeline.decontaminate.step import Decontamination
 from data_pipeline.dedup.exact import ExactDeduplication
 from data_pipeline.dedup.minhash import MinHashDeduplication
 from data_pipeline.dedup.simhash import SimHashDeduplication
+from data_pipeline.select import weights
+from data_pipeline.select.attributes import AttributeSelection, CurriculumPhases, QualitySelection, TemporalSelection
+from data_pipeline.select.dsir import ImportanceResampling
 from nanollama.data.strict import FieldError, from_mapping, nearest
-
-
-@dataclasses.dataclass(frozen=True)
-class Decontamination:
-    """Drops texts that share an n-gram, exactly or in an anchored window, with an evaluation item."""
-
-    type: Literal["decontaminate"] = "decontaminate"
-    # names of evaluation sets, or files with ${VARIABLES}; one that is absent is recorded as missing
-    sets: tuple[str, ...] = ()
-    ngram: int = 13
-    threshold: float = 0.8  # Jaccard of the window around a shared n-gram and the item
-    missing: Literal["stop", "record"] = "stop"
-
-
-@dataclasses.dataclass(frozen=True)
-class ImportanceResampling:
-    """DSIR: keeps `rate` of each source's documents, those most like the target text (Xie et al. 2023)."""
-
-    type: Literal["dsir"] = "dsir"
-    target: tuple[str, ...] = ()  # datasets of this mixture, or files
-    rate: float = 0.95
-    buckets: int = 10_000
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class AttributeSelection:
-    """Keeps or resamples documents by an attribute that a filter has stored with them."""
-
-    type: Literal["attributes"] = "attributes"
-    attribute: str = "quality"
-    # share of documents kept for each value of the attribute; values not named keep `other`
-    rates: dict[str, float] = dataclasses.field(default_factory=dict)
-    other: float = 1.0
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +37,7 @@ class Proportional:
 
     def weights(self, sizes: Sequence[float], budget: float | None) -> list[float]:
         """Weights of datasets of `sizes` tokens."""
-        return _normalized(sizes)
+        return weights.proportional(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +50,7 @@ class Alpha:
 
     def weights(self, sizes: Sequence[float], budget: float | None) -> list[float]:
         """Weights of datasets of `sizes` tokens."""
-        return _normalized([(size / max(sizes)) ** self.alpha for size in sizes])
+        return weights.alpha(sizes, self.alpha)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +63,7 @@ class Temperature:
 
     def weights(self, sizes: Sequence[float], budget: float | None) -> list[float]:
         """Weights of datasets of `sizes` tokens."""
-        return _normalized([(size / max(sizes)) ** (1 / self.temperature) for size in sizes])
+        return weights.temperature(sizes, self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +80,7 @@ class UniMax:
 
         From the smallest up, each gets an equal part of what is left, or `max_epochs` of itself if that is less.
         """
-        left = budget if budget is not None else self.max_epochs * sum(sizes)
-        given = [0.0] * len(sizes)
-        order = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
-        for place, index in enumerate(order):
-            given[index] = min(left / (len(order) - place), self.max_epochs * sizes[index])
-            left -= given[index]
-        return _normalized(given)
+        return weights.unimax(sizes, self.max_epochs * sum(sizes) if budget is None else budget, self.max_epochs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +109,8 @@ class Temporal:
 SECTIONS: dict[str, dict[str, type]] = {
     "deduplication": {"exact": ExactDeduplication, "minhash": MinHashDeduplication, "simhash": SimHashDeduplication},
     "decontamination": {"decontaminate": Decontamination},
-    "selection": {"dsir": ImportanceResampling, "attributes": AttributeSelection},
+    "selection": {"dsir": ImportanceResampling, "attributes": AttributeSelection, "quality": QualitySelection,
+                  "temporal": TemporalSelection, "curriculum": CurriculumPhases},
 }
 METHODS: dict[str, type] = {
     "weighted": Weighted, "proportional": Proportional, "alpha": Alpha, "temperature": Temperature,
@@ -182,11 +146,6 @@ def _make(classes: Mapping[str, type], key: str, mapping: Any, where: str, what:
     return made
 
 
-def _normalized(values: Sequence[float]) -> list[float]:
-    total = math.fsum(values)
-    return [value / total for value in values]
-
-
 def _positive(value: float) -> bool:
     return value > 0 and math.isfinite(value)
 
@@ -203,7 +162,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "undated": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
     "rates": (lambda value: all(0 <= rate <= 1 for rate in value.values()), "a mapping of values to shares in [0, 1]"),
     "ngram": (_positive, "a number above 0"),
-    "buckets": (_positive, "a number above 0"),
     "stages": (_positive, "a number above 0"),
     "alpha": (_positive, "a number above 0"),
     "temperature": (_positive, "a number above 0"),

@@ -30,7 +30,10 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls; parameters stay float32
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes per layer
     scan_unroll: int = 0  # layers per scan iteration; 0 = all (fastest on CPU and GPU, slower to compile)
-    attention: Literal["auto", "xla_chunked", "reference"] = "auto"
+    # who computes attention (`ops.attention`); "auto" takes the fastest that can, a name refuses what it cannot do
+    attention: Literal[
+        "auto", "xla_chunked", "pallas", "cudnn", "splash", "reference", "pallas_interpret", "splash_interpret"
+    ] = "auto"
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at one time
     moe: Literal["auto", "dropless", "capacity", "dense"] = "auto"  # how experts are computed; `ops.moe`
     moe_capacity: float = 2.0  # capacity only: slots of an expert, relative to even loads; tokens beyond are dropped,
@@ -177,15 +180,23 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
 
 
-def load(spec: str, overrides: Sequence[str] = ()) -> Config:
-    """Resolve `path.py` or `path.py:arg`, with `field.path=value` overrides, into a checked Config.
+def load(spec: str, changes: Sequence[str] = ()) -> Config:
+    """Resolve `path.py` or `path.py:arg`, with `field.path=value` changes, into a checked Config.
 
     Errors: ConfigError names the field, its value, the nearest valid name and the fix.
     """
     values = plain(load_file(spec))
-    for override in overrides:
-        _apply_override(values, override)
+    for change in changes:
+        _apply_override(values, change)
     return resolve(values)
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """`--config.field=value` arguments as `field=value`. Errors: ConfigError on any other argument."""
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise ConfigError(argument, "no such argument", "Fields of the config are given as --config.field=value.")
+    return [argument.removeprefix("--config.") for argument in arguments]
 
 
 def load_file(spec: str) -> Any:

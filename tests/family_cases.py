@@ -1,10 +1,11 @@
-"""Small models of every dense family, weights from a seed, and rows to run them on. Without torch.
+"""Small models of every family, weights from a seed, and rows to run them on. Without torch.
 
 `tests/parity.py` compares these with transformers and writes tests/golden/families; `tests/test_families.py` checks
 against what it wrote.
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ from nanollama.export.weights import (
     published_tensors,
 )
 from nanollama.models.decoder import Decoder, head, init_cache
-from nanollama.models.families import family_of
-from nanollama.models.families.published import read_config
+from nanollama.models.families import FAMILIES, family_of
+from nanollama.models.families.published import Exported, read_config, write_config
 from nanollama.ops.losses import cross_entropy_sums
 
 GOLDEN = Path(__file__).parent / "golden" / "families"
@@ -33,7 +34,11 @@ _DENSE = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_l
               num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5)  # fmt: skip
 _SHORT = dict(original_max_position_embeddings=32)  # half of a row: positions beyond the trained length are compared
 
-# config.json of each; "as" is the transformers class where that is not the one of the model_type
+_SPARSE = {**_DENSE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_LATENT = dict(num_key_value_heads=4, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=20,
+               moe_intermediate_size=24, n_shared_experts=2, num_experts_per_tok=2)  # fmt: skip
+
+# config.json of each
 CASES: dict[str, dict[str, Any]] = {
     "llama2": {**_DENSE, "model_type": "llama", "num_key_value_heads": 4, "rope_theta": 10_000.0},
     "llama3": {
@@ -72,7 +77,80 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_theta": 1e6,
         "use_moe": False,
-        "as": "llama",
+    },
+    "mixtral": {**_SPARSE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2-moe": {
+        **_SPARSE,
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [0],
+    },
+    "qwen3-moe": {
+        **_SPARSE,
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "deepseek-v2-lite": {
+        **_SPARSE,
+        **_LATENT,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 1,
+        "topk_method": "greedy",
+        "rope_scaling": dict(rope_type="yarn", factor=4.0, mscale=0.707, mscale_all_dim=0.707, **_SHORT),
+    },
+    "deepseek-v2": {
+        **_SPARSE,
+        **_LATENT,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": 24,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 4.0,
+        "first_k_dense_replace": 0,
+    },
+    "deepseek-v3": {
+        **_SPARSE,
+        **_LATENT,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 24,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "rope_scaling": dict(rope_type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.5, **_SHORT),
+    },
+    # the next two are compared as what they are written as: transformers has no code for them
+    "deepseek-moe": {
+        **_SPARSE,
+        "model_type": "deepseek",
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+    },
+    "minimind-moe": {
+        **_SPARSE,
+        "model_type": "minimind",
+        "tie_word_embeddings": True,
+        "rope_theta": 1e6,
+        "use_moe": True,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
     },
 }
 # Documents of each row by length; the rest of a row is padding.
@@ -88,8 +166,9 @@ class Seeded:
         rng, self.arrays = np.random.default_rng(seed), {}
         for tensor in sorted(tensors, key=lambda tensor: tensor.name):
             values = rng.standard_normal(tensor.shape).astype(np.float32)
-            if len(tensor.shape) == 2:
-                self.arrays[tensor.name] = values * np.float32(0.1)
+            if len(tensor.shape) == 2:  # routers larger, so that their choices matter and do not hang on rounding
+                large = "gate.weight" in tensor.name
+                self.arrays[tensor.name] = values * np.float32(0.5 if large else 0.1)
             else:  # biases around 0, norms around 1
                 self.arrays[tensor.name] = values * np.float32(0.2) + np.float32("bias" not in tensor.name)
         self.tensors = {name: TensorInfo(array.shape, "float32") for name, array in self.arrays.items()}
@@ -103,9 +182,12 @@ class Case(NamedTuple):
 
     name: str
     model: ModelConfig
-    tensors: list[Tensor]
-    weights: Seeded
+    tensors: list[Tensor]  # of the family's own format
+    weights: Seeded  # by their names
     params: Any
+    config: dict[str, Any]  # what transformers is given: the config.json,
+    given: dict[str, np.ndarray]  # and the weights; another family's where the own one needs its own code
+    compared: list[tuple[Tensor, float]]  # those of them that have a gradient of ours, and their factor
 
 
 class Results(NamedTuple):
@@ -118,14 +200,29 @@ class Results(NamedTuple):
 
 @functools.cache
 def load(name: str) -> Case:
-    config = {key: value for key, value in CASES[name].items() if key != "as"}
+    config = CASES[name]
     our_name, family = family_of(config["model_type"], name)
     model = read_config(config, our_name, family, name)
     tensors = published_tensors(model, family)
     weights = Seeded(tensors)
     check_tensors(weights, tensors, model.tie_embeddings)
     params = nested({path: read() for path, read in adopt(weights, tensors, model).items()})
-    return Case(name, model, tensors, weights, params)
+    exported = Exported(model) if family.exported is None else family.exported(model)
+    given, written = weights.arrays, tensors
+    if family.exported is not None:
+        config = write_config(exported.model, FAMILIES[exported.model.family])
+        written = published_tensors(exported.model, FAMILIES[exported.model.family])
+        given = {t.name: _given(params, t, exported.factors) for t in written}
+    factors = [(t, exported.factors.get(t.map.ours, 1.0)) for t in written if not t.map.ours.endswith("router_bias")]
+    compared = [(tensor, factor) for tensor, factor in factors if factor]
+    return Case(name, model, tensors, weights, params, config, given, compared)
+
+
+def _given(params: Any, tensor: Tensor, factors: Mapping[str, float]) -> np.ndarray:
+    factor = factors.get(tensor.map.ours, 1.0)
+    if not factor:
+        return np.zeros(tensor.shape, np.float32)
+    return np.ascontiguousarray(publish(_at(params, tensor.map.ours), tensor, "float32", factor))
 
 
 def rows(layout: str, vocab_size: int) -> dict[str, np.ndarray]:
@@ -177,7 +274,8 @@ def ours(case: Case, continued: np.ndarray | None = None) -> Results:
     logits, gradients = jax.device_get(run(case.params, batch))
     real = logits[:, :LENGTH] * (batch["segment"][:, :LENGTH, None] > 0)
     by_layout = {layout: real[2 * index : 2 * index + 2] for index, layout in enumerate(LAYOUTS)}
-    by_name = {tensor.name: publish(_at(gradients, tensor.map.ours), tensor, "float32") for tensor in case.tensors}
+    by_name = {tensor.name: publish(_at(gradients, tensor.map.ours), tensor, "float32", 1 / factor)
+               for tensor, factor in case.compared}  # fmt: skip
     if continued is None:
         return Results(by_layout, by_name, _greedy(case, decoder))
     following = logits[-1, PROMPT - 1 : -1].argmax(-1)

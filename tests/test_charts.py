@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from nanollama.experiments import charts
-from nanollama.experiments.charts import NARROW, WIDE, Series, line_chart
+from nanollama import charts
+from nanollama.charts import NARROW, WIDE, Series, line_chart
 
 
 def check_thinned(points, thinned, most):

@@ -168,9 +168,7 @@ def test_excluded_tiles_are_not_read() -> None:
     poison = jnp.where(jnp.arange(T) < 64, jnp.nan, 1.0)[None, :, None, None]
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = flash_attention(
-            q, k, v, first_key, jnp.zeros(1, jnp.int32), scale=0.25, tiles=SMALL, interpret=True
-        )
+        out = flash_attention(q, k, v, first_key, jnp.zeros(1, jnp.int32), scale=0.25, tiles=SMALL, interpret=True)
         return jnp.sum(out[:, 64:])
 
     gradients = quickly(jax.grad(loss, (0, 1, 2)), q * poison, k * poison, v * poison)

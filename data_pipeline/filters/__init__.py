@@ -14,7 +14,9 @@ from data_pipeline.filters.fineweb import FineWebFilter
 from data_pipeline.filters.gopher_quality import GopherQualityFilter
 from data_pipeline.filters.gopher_repetition import GopherRepetitionFilter
 from data_pipeline.filters.heuristics import HeuristicsFilter
+from data_pipeline.filters.language import LanguageFilter
 from data_pipeline.filters.length import LengthFilter
+from data_pipeline.filters.perplexity import PerplexityFilter
 from data_pipeline.filters.pii import PiiFilter
 from nanollama.data.strict import FieldError, from_mapping, nearest
 
@@ -29,6 +31,8 @@ FILTERS: dict[str, type[Filter]] = {
     "gopher_repetition": GopherRepetitionFilter,
     "c4": C4Filter,
     "fineweb": FineWebFilter,
+    "language": LanguageFilter,
+    "perplexity": PerplexityFilter,
     "pii": PiiFilter,
 }
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanollama.charts import HALF, HALF_NARROW, Point, Series, line_chart, smooth
 from nanollama.config import Config, ConfigError, resolve
-from nanollama.experiments.charts import HALF, HALF_NARROW, Point, Series, line_chart, smooth
 from nanollama.experiments.environment import public, public_path
 from nanollama.experiments.report_files import RunFiles
 from nanollama.models.accounting import count_parameters

@@ -10,7 +10,7 @@ import functools
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nanollama.export.safetensors_file import write_safetensors
 from nanollama.export.tokenizer_json import tokenizer_json
 from nanollama.export.weights import FLOATS, Tensor, TensorInfo, parameter_shapes, publish, published_tensors
 from nanollama.models.families import FAMILIES
-from nanollama.models.families.published import write_config
+from nanollama.models.families.published import Exported, write_config
 from nanollama.training.checkpoint import find_step_folder, read_metadata
 from nanollama.training.initial import lora_of, whole_parameter, whole_parameter_infos
 
@@ -52,7 +52,7 @@ def export(
         raise DataError(f"{output}: is there already. Choose another --output, or delete it.")
     folder = find_step_folder(checkpoint)
     metadata = read_metadata(folder)
-    model = _exported_model(metadata)
+    model, factors = _exported(metadata)
     family = FAMILIES[model.family]
     config = write_config(model, family)
     dtype = dtype or metadata.get("lineage", {}).get("dtype", "float32")
@@ -63,7 +63,7 @@ def export(
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise DataError(f"{run}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: damaged.")
     tensors = published_tensors(model, family)
-    _check_parameters(folder, tensors)
+    _check_parameters(folder, tensors, factors)
     lora, parent = lora_of(metadata), metadata.get("parent") or {}
     read = _plain_reader(folder, model)
 
@@ -74,7 +74,7 @@ def export(
             lora = require_adapter(lora, folder)
             write_adapter(folder, staged, model, family, lora, parent.get("path", ""), read, dtype)
         else:
-            _write_weights(read, tensors, staged, dtype, shard_bytes)
+            _write_weights(read, tensors, factors, staged, dtype, shard_bytes)
         ids = _write_tokenizer(tokenizer, staged, model) if tokenizer is not None else {}
         if not adapter:
             write_json(staged / "config.json", {**config, "torch_dtype": dtype, **ids})
@@ -89,21 +89,22 @@ def export(
     return output
 
 
-def _exported_model(metadata: dict[str, Any]) -> ModelConfig:
+def _exported(metadata: dict[str, Any]) -> Exported:
     config = metadata["config"]
     model = from_mapping(ModelConfig, config["model"], "config.model")
     if model.family not in FAMILIES:
         raise ConfigError("config.model.family", f"{model.family!r}", nearest(model.family, list(FAMILIES)))
-    if FAMILIES[model.family].becomes:
-        model = dataclasses.replace(model, family=FAMILIES[model.family].becomes)
     if not model.max_position_embeddings:
         length = config.get("data", {}).get("sequence_length", _DEFAULT_LENGTH)
         model = dataclasses.replace(model, max_position_embeddings=length)
-    return dataclasses.replace(model, vocab_padding=0)  # what pads the vocabulary is ours alone
+    model = dataclasses.replace(model, vocab_padding=0)  # what pads the vocabulary is ours alone
+    rewrite = FAMILIES[model.family].exported
+    return Exported(model) if rewrite is None else rewrite(model)
 
 
-def _check_parameters(folder: Path, tensors: list[Tensor]) -> None:
-    saved, needed = set(whole_parameter_infos(folder)), {tensor.map.ours for tensor in tensors}
+def _check_parameters(folder: Path, tensors: list[Tensor], factors: Mapping[str, float]) -> None:
+    saved = set(whole_parameter_infos(folder))
+    needed = {tensor.map.ours for tensor in tensors if factors.get(tensor.map.ours, 1.0)}
     if saved != needed:
         raise DataError(
             f"{folder}: its parameters are not those that its configuration says: {sorted(saved ^ needed)}. "
@@ -118,19 +119,32 @@ def _plain_reader(folder: Path, model: ModelConfig) -> Callable[[str], np.ndarra
 
 
 def _write_weights(
-    read: Callable[[str], np.ndarray], tensors: list[Tensor], output: Path, dtype: str, shard_bytes: int
+    read: Callable[[str], np.ndarray],
+    tensors: list[Tensor],
+    factors: Mapping[str, float],
+    output: Path,
+    dtype: str,
+    shard_bytes: int,
 ) -> None:
     by_parameter: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         by_parameter.setdefault(tensor.map.ours, []).append(tensor)
     by_name = {tensor.name: tensor for tensor in tensors}
+
+    def load(path: str) -> np.ndarray | None:
+        return read(path) if factors.get(path, 1.0) else None
+
+    def cut(parameter: np.ndarray | None, name: str) -> np.ndarray:
+        tensor = by_name[name]
+        if parameter is None:
+            return np.zeros(tensor.shape, FLOATS[dtype])
+        return publish(parameter, tensor, dtype, factors.get(tensor.map.ours, 1.0))
+
     groups = [
-        (functools.partial(read, path), [(t.name, TensorInfo(t.shape, dtype)) for t in group])
+        (functools.partial(load, path), [(t.name, TensorInfo(t.shape, dtype)) for t in group])
         for path, group in by_parameter.items()
     ]
-    write_safetensors(
-        output, groups, lambda parameter, name: publish(parameter, by_name[name], dtype), shard_bytes=shard_bytes
-    )
+    write_safetensors(output, groups, cut, shard_bytes=shard_bytes)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, output: Path, model: ModelConfig) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def import_model(source: str | Path, output: str | Path, say: Callable[[str], No
     if not has_tokenizer:
         say(f"{source}: no {TOKENIZER_FILE} and no {MODEL_FILE}: imported without a tokenizer")
     make = (lambda folder: freeze_published(source, folder)) if has_tokenizer else None
-    return write_run(output, model, weights, tensors, lineage=lineage, make_tokenizer=make, say=say)
+    return write_run(output, model, weights, tensors, lineage=lineage, make_tokenizer=make, say=say,
+                     left_out=family.left_out(model))  # fmt: skip
 
 
 def _architecture(config: dict[str, Any], where: str) -> tuple[ModelConfig, Family, list[Tensor]]:

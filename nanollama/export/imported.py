@@ -36,16 +36,18 @@ def write_run(
     *,
     lineage: Mapping[str, Any],
     make_tokenizer: Callable[[Path], Tokenizer] | None,
+    left_out: str = "",
     say: Callable[[str], None] = print,
 ) -> Path:
     """Check, convert and save; returns the run folder. One parameter at a time is in memory.
 
     make_tokenizer: freezes the published tokenizer in the folder it is given; None: there is none to import.
+    left_out: pattern of the published tensors that are not read.
     Errors: DataError and ConfigError, before anything is written to `output`.
     """
     output = Path(output)
     check_free(output)
-    check_tensors(source, tensors, model.tie_embeddings)
+    check_tensors(source, tensors, model.tie_embeddings, left_out)
     staged = output.with_name(f".{output.name}.tokenizer")
     try:
         tokenizer = None if make_tokenizer is None else make_tokenizer(staged)

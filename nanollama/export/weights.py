@@ -84,21 +84,28 @@ def _tensors_of(map: TensorMap, shape: tuple[int, ...]) -> Iterator[Tensor]:
     else:  # vectors, and the table of embeddings
         theirs = own if map.ours == "embedding" else (int(np.prod(own)),)
     for index in itertools.product(*(range(size) for size in stacked)):
-        yield Tensor(map.theirs.format(**dict(zip(counted, index, strict=True))), theirs, map, index)
+        numbers = dict(zip(counted, index, strict=True))
+        if "layer" in numbers:
+            numbers["layer"] += map.first_layer
+        yield Tensor(map.theirs.format(**numbers), theirs, map, index)
 
 
-def check_tensors(source: Source, expected: list[Tensor], tied: bool) -> None:
+def check_tensors(source: Source, expected: list[Tensor], tied: bool, left_out: str = "") -> None:
     """Refuse a source that lacks a tensor, has another one, or one of another shape or type.
 
     A tied model may carry its output matrix a second time, and old Llamas carry RoPE's frequencies: both follow
-    from the rest.
+    from the rest. left_out: pattern of names that may be there and are not read (`Family.left_out`).
     Errors: DataError names the tensors.
     """
     names = {tensor.name for tensor in expected}
     missing = [name for name in names if name not in source.tensors]
     if missing:
         raise DataError(f"{source.where}: lacks {_some(missing)}. The file is not whole, or not of this architecture.")
-    extra = [name for name in source.tensors if name not in names and not _is_derived(name, tied)]
+    extra = [
+        name
+        for name in source.tensors
+        if name not in names and not _is_derived(name, tied) and not (left_out and re.fullmatch(left_out, name))
+    ]
     if extra:
         raise DataError(
             f"{source.where}: has {_some(extra)}, which this architecture does not have. Leaving tensors out would "
@@ -143,9 +150,11 @@ def _read_parameter(source: Source, tensors: list[Tensor], shape: tuple[int, ...
     return parameter
 
 
-def publish(parameter: np.ndarray, tensor: Tensor, dtype: str) -> np.ndarray:
-    """The published tensor out of our whole parameter, rounded to nearest."""
+def publish(parameter: np.ndarray, tensor: Tensor, dtype: str, factor: float = 1.0) -> np.ndarray:
+    """The published tensor out of our whole parameter, times `factor`, rounded to nearest."""
     own = parameter[tensor.at]
+    if factor != 1.0:
+        own = own * np.float32(factor)
     if tensor.map.inputs:
         outputs, inputs = tensor.shape
         return np.ascontiguousarray(own.reshape(inputs, outputs).T.astype(FLOATS[dtype]))

@@ -144,9 +144,7 @@ def _attend_backward(
     B, T, H, K = q_BTHK.shape
     S, G, J = v_BSGJ.shape[1:]
     R = H // G
-    delta_BHT = jnp.einsum(
-        "bthj,bthj->bht", out_gradient_BTHJ, out_BTHJ, preferred_element_type=jnp.float32
-    )
+    delta_BHT = jnp.einsum("bthj,bthj->bht", out_gradient_BTHJ, out_BTHJ, preferred_element_type=jnp.float32)
     tile = settings.tiles.q_gradient
     last = T // tile.queries - 1
 

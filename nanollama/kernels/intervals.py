@@ -20,8 +20,10 @@ def last_query(first_key_BT: jax.Array, length: int) -> jax.Array:
     """
     B, T = first_key_BT.shape
     rows_B1 = jnp.arange(B)[:, None]
-    begun_BS = jnp.full((B, length), -1, jnp.int32).at[rows_B1, first_key_BT].max(
-        jnp.arange(T, dtype=jnp.int32)[None], mode="drop"
+    begun_BS = (
+        jnp.full((B, length), -1, jnp.int32)
+        .at[rows_B1, first_key_BT]
+        .max(jnp.arange(T, dtype=jnp.int32)[None], mode="drop")
     )
     return jax.lax.cummax(begun_BS, axis=1)
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from nanollama.config import ModelConfig
 from nanollama.models.linear import linear, norm_scale
-from nanollama.ops.attention import MaskSpec, attend, slide
+from nanollama.models.mesh_attention import attend
+from nanollama.ops.masks import MaskSpec, slide
 from nanollama.ops.norms import rms_norm
 from nanollama.ops.rope import apply_rope, score_scale
 from nanollama.parallel.mesh import constrain

@@ -21,7 +21,7 @@ from nanollama.models import lora as loras
 from nanollama.models.attention import Context, cache_heads, grouped_query_attention, latent_attention
 from nanollama.models.feed_forward import ROUTERS, gated_feed_forward, mixture_of_experts
 from nanollama.models.linear import norm_scale, normal, parameter
-from nanollama.ops.attention import MaskSpec
+from nanollama.ops.masks import MaskSpec
 from nanollama.ops.moe import RouterSums
 from nanollama.ops.norms import rms_norm
 from nanollama.ops.rope import rope_tables
@@ -93,14 +93,14 @@ class Decoder(nn.Module):
         self,
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
-        first_key_BT: jax.Array,
+        first_key_BT: jax.Array | None,
         cache: Cache | None = None,
         real_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """hidden_BTD after the final norm in the compute dtype, and the cache with this call's keys written.
 
-        first_key_BT: key index of the first key each query may see (`ops.attention.MaskSpec`). real_BT: bool, tokens
-        that count in the routers' sums; None: all.
+        first_key_BT: key index of the first key each query may see (`ops.masks.MaskSpec`); None promises that each row
+        is one document from its first position on. real_BT: bool, tokens that count in the routers' sums; None: all.
         """
         m, dtype = self.model, jnp.dtype(self.compute.dtype)
         embedding_VD = self._tables()
@@ -109,7 +109,12 @@ class Decoder(nn.Module):
         x_BTD = constrain(rows_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
         rotated = m.head_dim if m.latent is None else m.latent.qk_rope_head_dim
         cos_BTC, sin_BTC = rope_tables(positions_BT, rotated, m.rope_theta, m.rope_scaling)
-        mask = MaskSpec(first_key_BT, None if cache is None else cache.write_index)
+        mask = MaskSpec(
+            jnp.zeros_like(tokens_BT) if first_key_BT is None else first_key_BT,
+            None if cache is None else cache.write_index,
+            window=0 if m.full_attention_layers else m.sliding_window,
+            documents=first_key_BT is not None,
+        )
         real_BT = jnp.ones(tokens_BT.shape, bool) if real_BT is None else real_BT
         context = Context(cos_BTC, sin_BTC, mask, real_BT)
         if isinstance(self.get_variable("params", LAYERS), tuple):
@@ -218,8 +223,8 @@ def _part(cache: Cache | None, stack: Stack) -> tuple[jax.Array, jax.Array] | No
 
 
 def _windows(model: ModelConfig, stack: Stack) -> jax.Array | None:
-    """Keys that a query of each layer of a stack sees, [L]; None where all layers see everything."""
-    if not model.sliding_window:
+    """Keys that a query of each layer of a stack sees, [L]; None where layers do not differ: the mask says it."""
+    if not (model.sliding_window and model.full_attention_layers):
         return None
     full = jnp.arange(stack.low, stack.high) < model.full_attention_layers
     return jnp.where(full, jnp.iinfo(jnp.int32).max, model.sliding_window)

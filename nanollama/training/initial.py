@@ -5,6 +5,7 @@ these and the optimizer, and names its base by path and hash. A checkpoint with 
 Knows nothing of the loop.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,7 +83,7 @@ def fresh(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -
 
 def own(state: TrainState) -> TrainState:
     """What a run saves of its state: all of it, or without the base of its adapters."""
-    return state.replace(params=loras.learned(state.params))
+    return dataclasses.replace(state, params=loras.learned(state.params))
 
 
 def resumed(
@@ -94,7 +95,7 @@ def resumed(
     if config.lora is not None:
         where = jax.tree.map(lambda array: array.sharding, _base(abstract.params, config))
         base = restore_whole(_find_base(metadata, checkpoints.directory, config.initial_checkpoint), where)
-        state = state.replace(params=loras.with_learned(base, state.params))
+        state = dataclasses.replace(state, params=loras.with_learned(base, state.params))
     return state, metadata
 
 

@@ -4,19 +4,25 @@ from typing import Any
 
 from nanollama.config import ConfigError
 from nanollama.data.strict import nearest
-from nanollama.models.families import llama, minimind, mistral, qwen
+from nanollama.models.families import deepseek, llama, minimind, mistral, mixtral, qwen, qwen_moe
 from nanollama.models.families.published import Family
 
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
     **qwen.FAMILIES,
+    **qwen_moe.FAMILIES,
     **mistral.FAMILIES,
+    **mixtral.FAMILIES,
+    **deepseek.FAMILIES,
     **minimind.FAMILIES,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     **llama.PRESETS,
     **qwen.PRESETS,
+    **qwen_moe.PRESETS,
     **mistral.PRESETS,
+    **mixtral.PRESETS,
+    **deepseek.PRESETS,
     **minimind.PRESETS,
 }
 
@@ -32,7 +38,7 @@ def family_of(model_type: str, where: str) -> tuple[str, Family]:
     """Our name and mapping of a published `model_type`. Errors: ConfigError when it is none of ours."""
     for name, family in FAMILIES.items():
         if family.model_type == model_type:
-            return family.becomes or name, family
+            return name, family
     raise ConfigError(
         f"{where}: model_type", f"{model_type!r} is not supported", nearest(model_type, list(FAMILIES))
     )

@@ -13,15 +13,15 @@ from nanollama.models.families.published import (
     DENSE_FIELDS,
     DENSE_REQUIRED,
     Family,
-    dense_tensors,
 )
+from nanollama.models.families.tensors import decoder_tensors
 
 FAMILIES = {
     "llama": Family(
         model_type="llama",
         architecture="LlamaForCausalLM",
         fields=DENSE_FIELDS,
-        tensors=dense_tensors,
+        tensors=decoder_tensors,
         defaults={**DENSE_DEFAULTS, "max_position_embeddings": 2048},
         required={**DENSE_REQUIRED, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
     )

@@ -7,15 +7,15 @@ from nanollama.models.families.published import (
     DENSE_FIELDS,
     DENSE_REQUIRED,
     Family,
-    dense_tensors,
 )
+from nanollama.models.families.tensors import decoder_tensors
 
 FAMILIES = {
     "mistral": Family(
         model_type="mistral",
         architecture="MistralForCausalLM",
         fields=DENSE_FIELDS,
-        tensors=dense_tensors,
+        tensors=decoder_tensors,
         defaults={**DENSE_DEFAULTS, "max_position_embeddings": 131_072, "sliding_window": 4096},
         required=DENSE_REQUIRED,
         windows="all_layers",

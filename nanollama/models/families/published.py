@@ -21,6 +21,14 @@ class TensorMap(NamedTuple):
         str  # "model.layers.{layer}.self_attn.q_proj.weight"; each placeholder is one leading axis of ours
     )
     inputs: int = 0  # axes of ours that a matrix multiplies; theirs is [outputs, inputs]. 0: the same layout
+    first_layer: int = 0  # the {layer} that index 0 of ours is
+
+
+class Exported(NamedTuple):
+    """What a model is written as where its own format needs code that transformers does not have."""
+
+    model: ModelConfig  # of another family, computing the same
+    factors: Mapping[str, float] = {}  # of our parameters, by path; 0: ours has none, zeros are written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +46,14 @@ class Family:
     ours: Mapping[str, Any] = dataclasses.field(
         default_factory=dict
     )  # our fields that the architecture fixes
-    windows: Literal["none", "last_layers", "all_layers"] = "none"  # which layers may have a sliding window
+    windows: Literal["none", "never", "last_layers", "all_layers"] = "none"  # which layers may have a sliding window;
+    # never: config.json has the fields, but they must be off
     ignored: frozenset[str] = frozenset()  # fields without effect while the required ones hold
-    becomes: str = ""  # our family that computes the same, and in whose format it is written; "": this one
+    special: frozenset[str] = frozenset()  # fields that `read` looks at
+    read: Callable[[Mapping[str, Any], str], dict[str, Any]] = lambda values, where: {}  # more of our fields
+    write: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}  # more of theirs
+    left_out: Callable[[ModelConfig], str] = lambda model: ""  # pattern of tensors without a part in the next token
+    exported: Callable[[ModelConfig], Exported] | None = None  # None: written in the family's own format
 
 
 DENSE_FIELDS = {
@@ -80,6 +93,7 @@ _ROPE_FIELDS = {
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
     "truncate": "truncate",
+    "mscale_all_dim": "mscale_all_dim",
 }
 _ROPE_FIELDS_OF = {
     "linear": ("factor",),
@@ -91,36 +105,10 @@ _ROPE_FIELDS_OF = {
         "beta_slow",
         "attention_factor",
         "truncate",
+        "mscale_all_dim",
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
-
-
-def dense_tensors(model: ModelConfig) -> list[TensorMap]:
-    """Names of a decoder without experts: the same in Llama, Mistral, Qwen2 and Qwen3."""
-    block, attention = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
-    maps = [
-        TensorMap("embedding", "model.embed_tokens.weight"),
-        TensorMap("layers/attention_norm", block + "input_layernorm.weight"),
-        TensorMap("layers/query", attention + "q_proj.weight", inputs=1),
-        TensorMap("layers/key", attention + "k_proj.weight", inputs=1),
-        TensorMap("layers/value", attention + "v_proj.weight", inputs=1),
-        TensorMap("layers/output", attention + "o_proj.weight", inputs=2),
-        TensorMap("layers/mlp_norm", block + "post_attention_layernorm.weight"),
-        TensorMap("layers/gate", block + "mlp.gate_proj.weight", inputs=1),
-        TensorMap("layers/up", block + "mlp.up_proj.weight", inputs=1),
-        TensorMap("layers/down", block + "mlp.down_proj.weight", inputs=1),
-        TensorMap("final_norm", "model.norm.weight"),
-    ]
-    if model.qkv_bias:
-        maps += [
-            TensorMap(f"layers/{n}_bias", f"{attention}{n[0]}_proj.bias") for n in ("query", "key", "value")
-        ]
-    if model.qk_norm:
-        maps += [TensorMap(f"layers/{n}_norm", f"{attention}{n[0]}_norm.weight") for n in ("query", "key")]
-    if not model.tie_embeddings:
-        maps.append(TensorMap("head", "lm_head.weight", inputs=1))
-    return maps
 
 
 def read_config(config: Mapping[str, Any], name: str, family: Family, where: str) -> ModelConfig:
@@ -129,7 +117,7 @@ def read_config(config: Mapping[str, Any], name: str, family: Family, where: str
     Errors: ConfigError names the field that is unknown, missing, or has a value that we do not support.
     """
     required = {**_REQUIRED_EVERYWHERE, **family.required}
-    known = set(family.fields) | set(required) | family.ignored | _WITHOUT_EFFECT | _ROPE
+    known = set(family.fields) | set(required) | family.ignored | family.special | _WITHOUT_EFFECT | _ROPE
     known |= _WINDOWS if family.windows != "none" else set()
     for field, value in config.items():
         if field not in known:
@@ -144,10 +132,12 @@ def read_config(config: Mapping[str, Any], name: str, family: Family, where: str
                 f"{where}: {field}", "is missing or not a whole number", "Restore the config.json."
             )
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    if "head_dim" in family.fields:
+        values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
     fields = {ours: values[theirs] for theirs, ours in family.fields.items() if theirs in values}
-    fields |= dict(family.ours) | _read_rope(values, where) | _read_windows(values, family, where)
-    model = from_mapping(ModelConfig, {"family": name, **fields}, where)
+    fields |= dict(family.ours) | family.read(values, where)
+    fields |= _read_rope(values, "latent.kv_lora_rank" in fields, where) | _read_windows(values, family, where)
+    model = from_mapping(ModelConfig, _nested({"family": name, **fields}), where)
     check_model(model, where)
     return model
 
@@ -158,8 +148,9 @@ def write_config(model: ModelConfig, family: Family) -> dict[str, Any]:
     Errors: ConfigError when the model has a feature that this family's config.json cannot say.
     """
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    config |= {theirs: getattr(model, ours) for theirs, ours in family.fields.items()}
+    config |= {theirs: _field(model, ours) for theirs, ours in family.fields.items()}
     config |= family.required
+    config |= family.write(model)
     if family.windows != "none":
         config |= _write_windows(model, family)
     config |= {**_write_rope(model), "use_cache": True}
@@ -176,7 +167,24 @@ def write_config(model: ModelConfig, family: Family) -> dict[str, Any]:
     return config
 
 
-def _read_rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _field(model: ModelConfig, path: str) -> Any:
+    """The value at "num_layers" or "moe.num_experts"; None below a part that the model has not."""
+    value: Any = model
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """{"moe.num_experts": 8} -> {"moe": {"num_experts": 8}}."""
+    tree: dict[str, Any] = {}
+    for path, value in fields.items():
+        part, _, name = path.rpartition(".")
+        (tree.setdefault(part, {}) if part else tree)[name] = value
+    return tree
+
+
+def _read_rope(values: Mapping[str, Any], latent: bool, where: str) -> dict[str, Any]:
     """rope_theta and rope_scaling from either spelling: transformers 5 has both in rope_parameters."""
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     theta = float(rope.pop("rope_theta", values.get("rope_theta", 1e4)))
@@ -196,7 +204,7 @@ def _read_rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     scaling: dict[str, Any] = {"type": _ROPE_TYPES[kind]}
     if kind == "yarn":
-        _read_mscale(rope, values)
+        _read_mscale(rope, values, latent)
     if kind == "dynamic" and rope.get(
         "original_max_position_embeddings", values.get("max_position_embeddings")
     ) != (values.get("max_position_embeddings")):
@@ -216,8 +224,11 @@ def _read_rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _read_mscale(rope: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """DeepSeek states YaRN's attention factor as a quotient of two, and the factor by the lengths."""
+def _read_mscale(rope: dict[str, Any], values: Mapping[str, Any], latent: bool) -> None:
+    """DeepSeek states YaRN's attention factor as a quotient of two, and the factor by the lengths.
+
+    Its latent attention also scales the scores by the second one.
+    """
     if rope.get("factor") is None:
         rope["factor"] = values["max_position_embeddings"] / rope["original_max_position_embeddings"]
     numerator, denominator = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
@@ -225,12 +236,14 @@ def _read_mscale(rope: dict[str, Any], values: Mapping[str, Any]) -> None:
         rope["attention_factor"] = (0.1 * numerator * math.log(rope["factor"]) + 1) / (
             0.1 * denominator * math.log(rope["factor"]) + 1
         )
+    if latent and denominator:
+        rope["mscale_all_dim"] = denominator
 
 
 def _write_rope(model: ModelConfig) -> dict[str, Any]:
     scaling = model.rope_scaling
     if scaling is None or scaling.type == "ntk":  # NTK is nothing but another theta
-        K = model.head_dim
+        K = model.latent.qk_rope_head_dim if model.latent else model.head_dim
         theta = model.rope_theta * (scaling.factor ** (K / (K - 2)) if scaling else 1.0)
         return {
             "rope_theta": theta,
@@ -241,6 +254,8 @@ def _write_rope(model: ModelConfig) -> dict[str, Any]:
     rope = {theirs: getattr(scaling, _ROPE_FIELDS[theirs]) for theirs in _ROPE_FIELDS_OF[kind]}
     if not rope.get("attention_factor", True):
         del rope["attention_factor"]  # 0 is our word for the formula
+    if not rope.get("mscale_all_dim", True):
+        del rope["mscale_all_dim"]
     rope = {"rope_type": kind, **rope}
     return {
         "rope_theta": model.rope_theta,
@@ -251,6 +266,10 @@ def _write_rope(model: ModelConfig) -> dict[str, Any]:
 
 def _read_windows(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     if family.windows == "none":
+        return {}
+    if family.windows == "never":
+        if values.get("use_sliding_window") or set(values.get("layer_types", [])) - {"full_attention"}:
+            raise ConfigError(f"{where}: use_sliding_window", "is on", "This family has full attention only.")
         return {}
     window, layers = values.get("sliding_window", 0), values["num_hidden_layers"]
     used = values.get("use_sliding_window", False) if family.windows == "last_layers" else True
@@ -270,6 +289,8 @@ def _read_windows(values: Mapping[str, Any], family: Family, where: str) -> dict
 
 
 def _write_windows(model: ModelConfig, family: Family) -> dict[str, Any]:
+    if family.windows == "never":
+        return {"use_sliding_window": False}
     window = model.sliding_window or None
     if family.windows == "all_layers":
         return {"sliding_window": window}

@@ -10,8 +10,8 @@ from nanollama.models.families.published import (
     DENSE_FIELDS,
     DENSE_REQUIRED,
     Family,
-    dense_tensors,
 )
+from nanollama.models.families.tensors import decoder_tensors
 
 _DEFAULTS = {**DENSE_DEFAULTS, "max_position_embeddings": 32_768}
 
@@ -20,7 +20,7 @@ FAMILIES = {
         model_type="qwen2",
         architecture="Qwen2ForCausalLM",
         fields=DENSE_FIELDS,
-        tensors=dense_tensors,
+        tensors=decoder_tensors,
         defaults=_DEFAULTS,
         required=DENSE_REQUIRED,
         ours={"qkv_bias": True},
@@ -30,7 +30,7 @@ FAMILIES = {
         model_type="qwen3",
         architecture="Qwen3ForCausalLM",
         fields=DENSE_FIELDS,
-        tensors=dense_tensors,
+        tensors=decoder_tensors,
         defaults={**_DEFAULTS, "head_dim": 128},
         required={**DENSE_REQUIRED, "attention_bias": False},
         ours={"qk_norm": True},

@@ -1,0 +1,1 @@
+"""Decontamination: training text that holds items of the evaluation sets in use is found, listed and dropped."""

@@ -1,0 +1,197 @@
+"""The evaluation texts as an index of n-grams, and what of them a batch of documents holds.
+
+Owns both ways to find an item. *Exact*: document and item share `ngram` (13) words in a row. *Near*: they share
+`seed` (6) words in a row, and the window of the document that is anchored there and as long as the item has a
+Jaccard likeness of `threshold` (0.8) with it, both as bags of words.
+
+Why two: one changed word in the middle of an item of 25 words leaves no 13 words in a row. Six survive every way of
+changing one word in twenty (rounded up) of an item of 13 words or more, and then the window decides, so that six common
+words alone condemn nothing. Whole documents are never compared: a question inside a book is not like the book.
+
+Knows words and hashes only, no files.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from data_pipeline.decontaminate.evaluation_sets import Item
+from data_pipeline.text.words import Hashes, Positions, WordHashes, word_hashes
+
+SHOWN_WORDS = 40  # of a shared run of words
+_LISTED = 100  # documents' places followed per n-gram of the index: more items share only a template
+_ANCHORS = 8  # windows compared per document and item
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """An item, or a part of one, inside a document."""
+
+    row: int
+    kind: str  # exact | near
+    text: int  # number of the index's text
+    position: int  # first shared word in the document
+    words: int  # shared words in a row from there
+    jaccard: float  # likeness of the anchored window and the item's text
+    shown: str  # the shared words
+
+
+class Grams:
+    """Sorted n-gram hashes with where each stands, behind a bit table that answers "no" for nearly all others."""
+
+    def __init__(self, hashes: Hashes, text: npt.NDArray[np.int32], place: npt.NDArray[np.int32]):
+        order = np.argsort(hashes, kind="stable")
+        self.keys, self.first = np.unique(hashes[order], return_index=True)
+        self.last = np.append(self.first[1:], len(order))
+        self.text, self.place = text[order], place[order]
+        self._shift = np.uint64(64 - max(16, int(32 * max(len(self.keys), 1)).bit_length()))
+        bits = self.keys >> self._shift
+        self._table = np.zeros(1 << (64 - int(self._shift) - 3), dtype=np.uint8)
+        np.bitwise_or.at(self._table, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
+
+    def find(self, hashes: Hashes) -> tuple[Positions, Positions]:
+        """(positions in `hashes` that are in the index, the key each has there)."""
+        if len(self.keys) == 0:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        bits = hashes >> self._shift
+        maybe = self._table[bits >> np.uint64(3)] >> (bits & np.uint64(7)).astype(np.uint8)
+        at = np.flatnonzero(maybe & 1)
+        key = np.searchsorted(self.keys, hashes[at])
+        key[key == len(self.keys)] = 0
+        same = self.keys[key] == hashes[at]
+        return at[same], key[same]
+
+    def places(self, at: Positions, key: Positions) -> tuple[Positions, Positions, Positions]:
+        """For every found position, every place it stands in: (position, text, word of the text)."""
+        count = np.minimum(self.last[key] - self.first[key], _LISTED)
+        entry = np.repeat(self.first[key] - (np.cumsum(count) - count), count) + np.arange(count.sum())
+        return np.repeat(at, count), self.text[entry].astype(np.int64), self.place[entry].astype(np.int64)
+
+
+class Index:
+    """All texts of the evaluation sets that have `ngram` words or more."""
+
+    def __init__(self, items: Sequence[Item], ngram: int, seed: int, threshold: float):
+        self.ngram, self.seed, self.threshold = ngram, min(seed, ngram), threshold
+        texts = pl.Series([item.text for item in items], dtype=pl.String)
+        made = word_hashes(texts)
+        lengths = np.diff(made.offsets)
+        whole = dict[bytes, int]()  # equal texts of several items are one text
+        self.items: list[list[Item]] = []
+        parts: list[Hashes] = []
+        self.too_short: list[Item] = []
+        for number, item in enumerate(items):
+            if lengths[number] < ngram:
+                self.too_short.append(item)
+                continue
+            words = made.document(number)
+            key = whole.setdefault(words.tobytes(), len(parts))
+            if key == len(parts):
+                parts.append(words)
+                self.items.append([])
+            self.items[key].append(item)
+        self.offsets = np.append(0, np.cumsum([len(part) for part in parts])).astype(np.int64)
+        self.words = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+        nothing = np.zeros(0, np.int64)
+        bag = WordHashes(self.offsets, self.words, np.zeros(0, np.uint8), nothing, nothing)
+        self._exact, self._seeds = (_grams(bag, size) for size in (self.ngram, self.seed))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def search(self, words: WordHashes) -> Iterator[Hit]:
+        """Every hit in the documents of `words`, document by document, exact ones first."""
+        exact = _spread(words, self._exact, self.ngram)
+        seeds = self._plausible(*_spread(words, self._seeds, self.seed))
+        known: set[tuple[int, int]] = set()
+        hits: list[Hit] = []
+        for row, text, group in _by_pair(*exact):
+            known.add((row, text))
+            score = self._likeness(words, row, text, exact[1][group] - exact[3][group])
+            for start, length in _runs(exact[1][group], self.ngram):
+                hits.append(self._hit(words, row, "exact", text, start, length, score))
+        for row, text, group in _by_pair(*seeds):
+            if (row, text) in known:
+                continue
+            score = self._likeness(words, row, text, seeds[1][group] - seeds[3][group])
+            if score >= self.threshold:
+                start, length = max(_runs(seeds[1][group], self.seed), key=lambda run: (run[1], -run[0]))
+                hits.append(self._hit(words, row, "near", text, start, length, score))
+        return iter(sorted(hits, key=lambda hit: (hit.row, hit.kind, hit.position, hit.text)))
+
+    def _plausible(self, row: Positions, at: Positions, text: Positions,
+                   place: Positions) -> tuple[Positions, Positions, Positions, Positions]:
+        """Only pairs of document and text that share as many seeds as a likeness of `threshold` must leave.
+
+        A window of n words with likeness J differs in at most n (1 - J) / (1 + J) words, each in `seed` n-grams.
+        """
+        if len(row) == 0:
+            return row, at, text, place
+        length = np.diff(self.offsets)[text]
+        differing = np.floor(length * (1 - self.threshold) / (1 + self.threshold) + 1e-9)
+        needed = np.maximum(length - self.seed + 1 - self.seed * differing, 1)
+        pair = row * len(self.items) + text
+        where = place + pair * (int(place.max()) + 1)
+        own, inverse = np.unique(pair, return_inverse=True)
+        distinct = np.bincount(np.searchsorted(own, np.unique(where) // (int(place.max()) + 1)), minlength=len(own))
+        good = distinct[inverse] >= needed
+        return row[good], at[good], text[good], place[good]
+
+    def _likeness(self, words: WordHashes, row: int, text: int, starts: Positions) -> float:
+        """The best Jaccard likeness of the text with a window anchored at one of the shared n-grams."""
+        part = self.words[self.offsets[text]:self.offsets[text + 1]]
+        first, last = words.offsets[row], words.offsets[row + 1]
+        values, counts = np.unique(starts, return_counts=True)
+        best = 0.0
+        for start in values[np.argsort(-counts, kind="stable")[:_ANCHORS]]:
+            window = words.hashes[max(start, first):min(start + len(part), last)]
+            best = max(best, bag_jaccard(part, window))
+        return best
+
+    def _hit(self, words: WordHashes, row: int, kind: str, text: int, start: int, length: int, score: float) -> Hit:
+        shown = " ".join(words.words(start, start + min(length, SHOWN_WORDS)))
+        return Hit(row, kind, text, int(start - words.offsets[row]), length, score, shown)
+
+
+def bag_jaccard(one: Hashes, other: Hashes) -> float:
+    """Words of both over words of either, each counted as often as it stands there."""
+    values, inverse = np.unique(np.concatenate([one, other]), return_inverse=True)
+    ours = np.bincount(inverse[:len(one)], minlength=len(values))
+    theirs = np.bincount(inverse[len(one):], minlength=len(values))
+    return float(np.minimum(ours, theirs).sum() / max(np.maximum(ours, theirs).sum(), 1))
+
+
+def _grams(bag: WordHashes, size: int) -> Grams:
+    offsets, hashes = bag.ngrams(size)
+    counts = np.diff(offsets)
+    text = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return Grams(hashes, text, (np.arange(len(hashes)) - np.repeat(offsets[:-1], counts)).astype(np.int32))
+
+
+def _spread(words: WordHashes, grams: Grams, size: int) -> tuple[Positions, Positions, Positions, Positions]:
+    """(row, word number in the batch, text, word of the text) of every shared n-gram."""
+    offsets, hashes = words.ngrams(size)
+    at, key = grams.find(hashes)
+    row = np.searchsorted(offsets, at, side="right") - 1
+    at, text, place = grams.places(at, key)
+    row = np.searchsorted(offsets, at, side="right") - 1
+    return row, at - offsets[row] + words.offsets[row], text, place
+
+
+def _by_pair(row: Positions, at: Positions, text: Positions,
+             place: Positions) -> Iterator[tuple[int, int, Positions]]:
+    """(row, text, indices) of what one document and one text share, by position."""
+    order = np.lexsort((place, at, text, row))
+    edges = np.flatnonzero(np.diff(row[order]) | np.diff(text[order])) + 1
+    for group in np.split(order, edges):
+        if len(group):
+            yield int(row[group[0]]), int(text[group[0]]), group
+
+
+def _runs(at: Positions, size: int) -> list[tuple[int, int]]:
+    """(first word, words) of the runs that n-grams at the sorted positions `at` cover."""
+    at = np.unique(at)
+    return [(int(run[0]), int(run[-1] - run[0]) + size) for run in np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)]

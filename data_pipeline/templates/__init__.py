@@ -1,0 +1,1 @@
+"""The analysis page: template and style."""

@@ -1,0 +1,57 @@
+"""`ops.attention.attend` on a mesh: kernels that XLA cannot cut run whole on each device's rows and heads.
+
+XLA partitions its own operations; a Pallas or cuDNN call it would feed with whole arrays on every device. Here each
+device gets its rows (mesh axes of "batch") and its heads ("heads", "kv_heads") and calls the kernel on them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from nanollama.ops import attention
+from nanollama.ops.masks import MaskSpec
+from nanollama.parallel.mesh import partition_spec
+
+PARTITIONED_BY_XLA = ("xla_chunked", "reference")
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGJ: jax.Array,
+    mask: MaskSpec,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+) -> jax.Array:
+    """As `ops.attention.attend`, on the mesh of the program being traced. Positions are whole on every device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    backend = attention.resolve(q_BTHK, k_BSGK, v_BSGJ, mask, backend)
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types or backend in PARTITIONED_BY_XLA:
+        return attention.attend(q_BTHK, k_BSGK, v_BSGJ, mask, backend=backend, scale=scale)
+    H, G = q_BTHK.shape[2], k_BSGK.shape[2]
+    queries = partition_spec(("batch", None, "heads", None), q_BTHK.shape, mesh)  # type: ignore[arg-type]
+    keys = partition_spec(("batch", None, "kv_heads", None), k_BSGK.shape, mesh)  # type: ignore[arg-type]
+    rows, head_axes = PartitionSpec(queries[0], None), queries[2]
+
+    def on_one_device(
+        q: jax.Array, k: jax.Array, v: jax.Array, first_key_BT: jax.Array, start_B: jax.Array
+    ) -> jax.Array:
+        if head_axes is not None and keys[2] is None:  # all KV heads are here: take those of these query heads
+            first = jax.lax.axis_index(head_axes) * q.shape[2]
+            heads = (first + jnp.arange(q.shape[2])) * G // H
+            if H // G % q.shape[2] == 0:  # one KV head serves them all
+                heads = heads[:1]
+            k, v = k[:, :, heads], v[:, :, heads]
+        start = None if mask.query_start is None else start_B
+        local = dataclasses.replace(mask, first_key_BT=first_key_BT, query_start=start)
+        return attention.attend(q, k, v, local, backend=backend, scale=scale)
+
+    return jax.shard_map(
+        on_one_device,
+        in_specs=(queries, keys, keys, rows, PartitionSpec(queries[0])),
+        out_specs=queries,
+        check_vma=False,  # kernels do not say how their results vary
+    )(q_BTHK, k_BSGK, v_BSGJ, mask.first_key_BT, mask.starts())
