@@ -134,6 +134,11 @@ class Parts(NamedTuple):
     read: Callable[[tuple[int, ...]], np.ndarray]  # the part at an index of the first `stacked` axes, float32
     stacked: int
 
+    @classmethod
+    def of(cls, read: Callable[[], np.ndarray]) -> "Parts":
+        """One part: the whole parameter."""
+        return cls(lambda index: read(), 0)
+
     def whole(self, shape: tuple[int, ...]) -> np.ndarray:
         """All parts together."""
         parameter = np.empty(shape, np.float32)

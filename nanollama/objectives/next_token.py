@@ -11,6 +11,7 @@ import jax
 from nanollama.config import LossConfig
 from nanollama.models.decoder import Decoder, head, router_sums
 from nanollama.models.feed_forward import ROUTERS
+from nanollama.models.lora import dropout_rngs
 from nanollama.ops.losses import LossSums, cross_entropy_sums
 from nanollama.ops.moe import moe_sums, real_tokens
 
@@ -30,6 +31,7 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
         batch["first_key"],
         real_BT=None if moe is None else real_tokens(batch["first_key"]),
         mutable=[ROUTERS],
+        rngs=dropout_rngs(batch),
     )
     sums = cross_entropy_sums(
         hidden_BTD,
@@ -38,6 +40,7 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
         batch["weights"],
         z_loss=loss.z_loss,
         chunk_tokens=decoder.compute.loss_chunk_tokens,
+        vocabulary=decoder.model.vocab_size,
     )
     if moe is not None:
         weight_B = batch["weights"].sum(axis=1)
