@@ -302,7 +302,7 @@ def parameter_reader(folder: str | Path, name: str, stacked: int) -> Callable[[t
         array = ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
     except ValueError as error:
         raise CheckpointError(f"{folder}: {name} cannot be read: {error}. Is the folder whole?") from error
-    sizes: tuple[int, ...] = tuple(array.chunk_layout.read_chunk.shape)[:stacked]  # type: ignore[arg-type]
+    sizes = [size or 1 for size in (array.chunk_layout.read_chunk.shape or ())[:stacked]]
     kept: dict[tuple[int, ...], np.ndarray] = {}
 
     def read(index: tuple[int, ...]) -> np.ndarray:
