@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
+from data_pipeline.account import WISHES
 from data_pipeline.corpus_format import read_manifest, read_shard
 from data_pipeline.mixture_schema import BYTES_PER_TOKEN
 from data_pipeline.progress import Progress
@@ -84,10 +85,15 @@ class Dataset:
     measured: bool  # tokens are counted, not estimated from bytes
     expected_tokens: float | None
     estimated_tokens: int | None  # what the mixture file says there would be
-    yields: list[dict[str, Any]]  # {stage, reason, rows}
+    yields: list[dict[str, Any]]  # {stage, reason, rows, wished: not taken by choice, so no loss}
     lengths: Lengths = dataclasses.field(default_factory=lambda: Lengths("characters"))
     token_lengths: Lengths = dataclasses.field(default_factory=lambda: Lengths("tokens"))
     languages: dict[str, int] = dataclasses.field(default_factory=dict)  # documents
+
+    @property
+    def wanted(self) -> int:
+        """Rows that the mixture's caps, samples and selection did not wish away."""
+        return self.rows_in - sum(item["rows"] for item in self.yields if item["wished"])
 
     @property
     def epochs(self) -> float | None:
@@ -119,12 +125,15 @@ class Analysis:
 
 
 def analyze(corpus: str | os.PathLike[str], packed: str | os.PathLike[str] | None = None,
-            progress: Progress | None = None) -> Analysis:
-    """Measure the corpus in `corpus`; tokens from the packed set(s) in `packed`, if given. Errors: DataError."""
+            total_tokens: float | None = None, progress: Progress | None = None) -> Analysis:
+    """Measure the corpus in `corpus`; tokens from the packed set(s) in `packed`, if given. Errors: DataError.
+
+    `total_tokens`: of training; default the mixture's.
+    """
     manifest, sha256 = read_manifest(corpus)
     sets = _packed_sets(packed, sha256) if packed is not None else []
     tokens = _packed_tokens(sets)
-    total = manifest["mixture"]["config"]["metadata"]["total_tokens"]
+    total = total_tokens or manifest["mixture"]["config"]["metadata"]["total_tokens"]
     settings = {row["name"]: row for row in manifest["mixture"]["config"]["datasets"]}
     datasets = {}
     for row in manifest["datasets"]:
@@ -142,12 +151,10 @@ def analyze(corpus: str | os.PathLike[str], packed: str | os.PathLike[str] | Non
 
 
 def _yields(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was dropped, by stage where the manifest tells stages apart."""
-    if row.get("stages"):
-        return [{"stage": stage["stage"], "reason": reason, "rows": count} for stage in row["stages"]
-                for reason, count in sorted(stage["dropped"].items(), key=lambda item: (-item[1], item[0]))]
-    return [{"stage": "", "reason": reason, "rows": count}
-            for reason, count in sorted(row["dropped"].items(), key=lambda item: (-item[1], item[0]))]
+    """What was dropped, stage by stage, the largest reasons first."""
+    return [{"stage": stage["stage"], "reason": reason, "rows": count, "wished": stage["section"] in WISHES}
+            for stage in row["stages"]
+            for reason, count in sorted(stage["dropped"].items(), key=lambda item: (-item[1], item[0]))]
 
 
 def _read_shard(corpus: str | os.PathLike[str], shard: dict[str, Any], dataset: Dataset,

@@ -33,7 +33,7 @@ def render(facts: dict[str, Any], analysis: Analysis, formulas: Sequence[tuple[s
     lengths = _all_lengths(analysis)
     return environment.from_string(page).render(
         facts=facts, rows=facts["datasets"], metadata=facts["metadata"], policy=POLICY, style=Markup(style),
-        totals={name: analysis.total(name) for name in ("rows_in", "kept", "bytes", "tokens")},
+        totals={name: analysis.total(name) for name in ("rows_in", "wanted", "kept", "bytes", "tokens")},
         measured=all(row["tokens_measured"] for row in facts["datasets"]),
         widest=max([max(row["weight"], row["share_of_tokens"]) for row in facts["datasets"]] or [1]),
         histogram=histogram(lengths), lengths=lengths, languages=_languages(facts), yields=_yields(facts),
@@ -125,17 +125,18 @@ def _languages(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _yields(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per dataset: what was kept and what was dropped, the rare reasons together."""
+    """Per dataset: what was kept and what was not, the rare reasons together, choices last."""
     rows = []
     for row in facts["datasets"]:
-        dropped = row["dropped"][:LISTED]
-        rest = sum(item["rows"] for item in row["dropped"][LISTED:])
-        reasons = [{**item, "share": item["rows"] / max(row["rows_in"], 1)} for item in dropped]
-        if rest:
-            reasons.append({"stage": "", "reason": f"{len(row['dropped']) - LISTED} other reasons", "rows": rest,
-                            "share": rest / max(row["rows_in"], 1)})
-        rows.append({"name": row["name"], "rows_in": row["rows_in"], "kept": row["documents"],
-                     "share": row["documents"] / max(row["rows_in"], 1), "reasons": reasons})
+        total = max(row["rows_in"], 1)
+        lost = [item for item in row["dropped"] if not item["wished"]]
+        reasons = lost[:LISTED]
+        if len(lost) > LISTED:
+            reasons.append({"stage": "", "reason": f"{len(lost) - LISTED} other reasons", "wished": False,
+                            "rows": sum(item["rows"] for item in lost[LISTED:])})
+        reasons += [item for item in row["dropped"] if item["wished"]]
+        rows.append({"name": row["name"], "kept": row["documents"], "share": row["documents"] / total,
+                     "reasons": [{**item, "share": item["rows"] / total} for item in reasons]})
     return rows
 
 

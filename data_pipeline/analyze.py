@@ -36,8 +36,9 @@ def write_analysis(analysis: Analysis, inputs: Inputs, output: str | os.PathLike
     write_atomic(directory / "mixture.csv", as_csv(
         columns, ([row[column] for column in columns] for row in facts["datasets"])))
     write_atomic(directory / "yield.csv", as_csv(
-        ["dataset", "stage", "reason", "rows", "share_of_rows_in"],
-        ([row["name"], item["stage"], item["reason"], item["rows"], item["rows"] / max(row["rows_in"], 1)]
+        ["dataset", "stage", "reason", "rows", "share_of_rows_in", "by_choice"],
+        ([row["name"], item["stage"], item["reason"], item["rows"], item["rows"] / max(row["rows_in"], 1),
+          item["wished"]]
          for row in facts["datasets"] for item in row["dropped"])))
     write_atomic(directory / "lengths.csv", as_csv(
         ["dataset", "unit", "from", "to", "documents", "length"],
@@ -59,7 +60,7 @@ def as_json(analysis: Analysis, inputs: Inputs, result: Estimate) -> dict[str, A
         datasets.append({
             "name": one.name, "weight": one.weight, "share_of_bytes": analysis.share(one, "bytes"),
             "share_of_tokens": analysis.share(one, "tokens"), "documents": one.kept, "rows_in": one.rows_in,
-            "bytes": one.bytes, "characters": one.characters, "tokens": round(one.tokens),
+            "rows_wanted": one.wanted, "bytes": one.bytes, "characters": one.characters, "tokens": round(one.tokens),
             "tokens_measured": one.measured, "expected_tokens": one.expected_tokens,
             "estimated_tokens": one.estimated_tokens, "epochs": one.epochs, "dropped": one.yields,
             "lengths": {"unit": lengths.unit, "mean": lengths.mean, "longest": lengths.longest,
@@ -113,7 +114,7 @@ def _main() -> None:
                         help="kg CO2 a kWh; default: the world's average")
     arguments = parser.parse_args()
     with Progress("analyze") as progress:
-        analysis = analyze(arguments.corpus, arguments.packed, progress)
+        analysis = analyze(arguments.corpus, arguments.packed, arguments.tokens, progress)
     tokens = arguments.tokens or analysis.metadata["total_tokens"] or analysis.total("tokens")
     if not tokens:
         raise DataError(f"{arguments.corpus}: has no tokens. Give --tokens.")

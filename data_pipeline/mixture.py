@@ -135,7 +135,7 @@ def _chain(row: dict[str, Any]) -> str:
 
 def _notes(plan: dict[str, Any]) -> Iterator[str]:
     for row in plan["datasets"]:
-        if row["epochs"] is not None and row["epochs"] > GOOD_EPOCHS:
+        if row["epochs"] is not None and row["epochs"] > GOOD_EPOCHS * 1.001:  # UniMax may ask for it exactly
             yield (f"{row['name']} is repeated {row['epochs']:.1f} times; beyond {GOOD_EPOCHS} epochs new text is "
                    "worth more. Lower its mix_ratio, or set sampling.max_epochs to make this an error.")
     unpinned = [row["name"] for row in plan["datasets"] if row["format"] == "huggingface" and not row["revision"]]

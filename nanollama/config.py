@@ -166,15 +166,23 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
 
 
-def load(spec: str, overrides: Sequence[str] = ()) -> Config:
-    """Resolve `path.py` or `path.py:arg`, with `field.path=value` overrides, into a checked Config.
+def load(spec: str, changes: Sequence[str] = ()) -> Config:
+    """Resolve `path.py` or `path.py:arg`, with `field.path=value` changes, into a checked Config.
 
     Errors: ConfigError names the field, its value, the nearest valid name and the fix.
     """
     values = plain(load_file(spec))
-    for override in overrides:
-        _apply_override(values, override)
+    for change in changes:
+        _apply_override(values, change)
     return resolve(values)
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """`--config.field=value` arguments as `field=value`. Errors: ConfigError on any other argument."""
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            raise ConfigError(argument, "no such argument", "Fields of the config are given as --config.field=value.")
+    return [argument.removeprefix("--config.") for argument in arguments]
 
 
 def load_file(spec: str) -> Any:

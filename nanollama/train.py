@@ -25,6 +25,7 @@ from nanollama.models.accounting import count_parameters, flops_per_token
 from nanollama.models.decoder import Decoder
 from nanollama.parallel import backend
 from nanollama.parallel.mesh import make_mesh, one_device
+from nanollama.planning import here
 from nanollama.training import elastic
 from nanollama.training import step as same_mesh
 from nanollama.training.checkpoint import Checkpoints
@@ -44,6 +45,8 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
     """
     print(describe(config), flush=True)
     mesh = make_mesh(config.mesh)
+    if warning := here.check_memory(config, mesh.size):
+        print(warning, flush=True)
     mixture = open_mixture(config.data, split="train", vocab_size=config.model.vocab_size)
     hosts = dict(host=jax.process_index(), hosts=jax.process_count())
     loader = Loader(mixture, seed=config.seed, global_batch=config.batch.global_rows, **hosts)
@@ -154,7 +157,7 @@ def describe(config: Config) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 0 done or stopped and saved, 2 refused, 3 not finite."""
+    """Command line; returns the exit status: 0 done or stopped and saved, 2 refused, 3 not finite, 4 out of memory."""
     parser = argparse.ArgumentParser(
         prog="python -m nanollama.train", description="Train a model from a config file.",
         epilog="Any field of the config can be given: --config.optimizer.learning_rate=1e-3")
@@ -164,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, help="virtual CPU devices to make, for trying meshes")
     options, rest = parser.parse_known_args(arguments)
     try:
-        overrides = config_overrides(rest)
+        overrides = configs.overrides(rest)
         config = configs.load(options.config, overrides)
         backend.start(elastic=config.determinism == "elastic", devices=options.devices)
         given = run_folder.as_given(options.config, overrides)
@@ -175,15 +178,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except Exception as error:  # XlaRuntimeError has no public name that all versions share
+        if not here.out_of_memory(error):
+            raise
+        print(f"error: {here.explain(config, jax.device_count(), error)}", file=sys.stderr)
+        return 4
     return 0
-
-
-def config_overrides(arguments: Sequence[str]) -> list[str]:
-    """`--config.field=value` arguments as `field=value`. Errors: ConfigError on any other argument."""
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            raise ConfigError(argument, "no such argument", "Fields of the config are given as --config.field=value.")
-    return [argument.removeprefix("--config.") for argument in arguments]
 
 
 if __name__ == "__main__":

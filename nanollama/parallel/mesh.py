@@ -40,29 +40,34 @@ RULES: dict[str, tuple[str, ...] | None] = {
 _REPLICATE_IF_INDIVISIBLE = {"kv_heads"}
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with the axes of MeshConfig over `devices` (default: all).
+def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
+    """Devices along each of AXES, of `count` devices: -1 is what is left.
 
-    Errors: ConfigError when the sizes do not multiply to the number of devices.
+    Errors: ConfigError when the sizes do not fit `count`.
     """
-    devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
-        if len(devices) % known:
+        if count % known:
             raise ConfigError(
                 "config.mesh",
-                f"{known} devices for the given axes do not divide the {len(devices)} there are",
+                f"{known} devices for the given axes do not divide the {count} there are",
                 "Choose sizes whose product divides the number of devices.",
             )
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) > len(devices):
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) > count:
         raise ConfigError(
             "config.mesh",
-            f"{' x '.join(AXES)} = {' x '.join(map(str, sizes))} needs {math.prod(sizes)} devices, "
-            f"{len(devices)} are there",
+            f"{' x '.join(AXES)} = {' x '.join(map(str, sizes))} needs {math.prod(sizes)} devices, {count} are there",
             "Lower a size, or set one to -1 to take what is there.",
         )
+    return dict(zip(AXES, sizes, strict=True))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with the axes of MeshConfig over `devices` (default: all). Errors: as `mesh_sizes`."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = tuple(mesh_sizes(config, len(devices)).values())
     chosen = np.asarray(devices[: math.prod(sizes)]).reshape(sizes)
     return Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
