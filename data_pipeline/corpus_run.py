@@ -236,6 +236,7 @@ class Run:
         manifest["dropped"] = {"path": corpus_format.DROPPED, "sha256": sha256_file(dropped)}
         write_json(self.output / INDEX, self._index(shards))
         manifest["decisions"] = {"path": INDEX, "sha256": sha256_file(self.output / INDEX)}
+        manifest["steps"] = [plan.account() for plan in self.plan.steps]
         write_atomic(self.output / corpus_format.CARD, cards.corpus_card(manifest))
         self._tidy(shards)
         write_json(self.output / corpus_format.MANIFEST, manifest)
