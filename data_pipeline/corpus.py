@@ -89,9 +89,10 @@ def _build(plan: Plan, output: Path, step: str, workers: int | None, engine: str
             run.account(shards)
         if step in ("sample", "full"):
             shards = sample(shards, plan.mixture.datasets, run.decisions)
-        counts, facts = run.account(shards)
+        counts = run.account(shards)
+        outputs = run.sizes(shards, counts)
         manifest = {**plan.head, "datasets": _dataset_rows(plan, counts), "shards": []}
-        return run.finish(shards, facts, manifest) if step == "full" else manifest
+        return run.finish(shards, outputs, manifest) if step == "full" else manifest
 
 
 def _dataset_rows(plan: Plan, counts: list[Counts]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from data_pipeline.account import Counts
 from data_pipeline.config import DatasetConfig, MixtureConfig, mixture_mapping
 from data_pipeline.curate import filter_plans, filter_task, judge_shard
 from data_pipeline.download import ReadResult, ReadTask, read_part, read_so_far, read_task, reads_head, shards_of
-from data_pipeline.materialise import DropsTask, plan_outputs, write_drops, write_output
+from data_pipeline.materialise import DropsTask, OutputTask, plan_outputs, write_drops, write_output
 from data_pipeline.progress import Progress
 from data_pipeline.shards import Facts, Shard, text_facts
 from data_pipeline.sources import Input, Part, open_source
@@ -83,6 +83,7 @@ class Run:
         self._shown: dict[str, int] = {}
         self._wanted = {dataset.name: (dataset.max_bytes or 0) + 1 for dataset in self.datasets if reads_head(dataset)}
         self._exhausted: dict[str, bool] = {}
+        self._known: dict[str, account.Tally] = {}
 
     def download(self) -> list[Shard]:
         """Raw shards of all datasets, of capped heads as much as is wanted so far."""
@@ -180,7 +181,7 @@ class Run:
         for dataset in self.datasets:
             if dataset.on_error == "stop" and dataset.id_field is not None:
                 mine = [shard for shard in shards if shard.dataset == dataset.name]
-                counts = account.count(dataset, mine, [text_facts(shard) for shard in mine])
+                counts = account.count(dataset, mine, self._known)
                 if counts.dropped.get(whole.DUPLICATE_ID):
                     raise DataError(f"dataset {dataset.name}: {counts.dropped[whole.DUPLICATE_ID]} documents have an "
                                     f"id ({dataset.id_field}) that came before. Mend the rows, or set on_error: skip.")
@@ -200,23 +201,30 @@ class Run:
             self.account(shards)
         return shards
 
-    def account(self, shards: list[Shard]) -> tuple[list[Counts], list[Facts]]:
-        """Counts per dataset, checked, and facts per shard."""
-        facts = [text_facts(shard) for shard in shards]
-        counts = []
-        for dataset in self.datasets:
-            mine = [number for number, shard in enumerate(shards) if shard.dataset == dataset.name]
-            counts.append(account.count(dataset, [shards[number] for number in mine],
-                                        [facts[number] for number in mine]))
-        return counts, facts
+    def account(self, shards: list[Shard]) -> list[Counts]:
+        """Counts per dataset, checked."""
+        return [account.count(dataset, [shard for shard in shards if shard.dataset == dataset.name], self._known)
+                for dataset in self.datasets]
 
-    def finish(self, shards: list[Shard], facts: list[Facts], manifest: dict[str, Any]) -> dict[str, Any]:
+    def sizes(self, shards: list[Shard], counts: list[Counts]) -> list[OutputTask]:
+        """The files to write; bytes and characters of what is kept are added to `counts`."""
+        owners = {dataset.name: own for dataset, own in zip(self.datasets, counts, strict=True)}
+
+        def facts() -> Iterator[tuple[Shard, Facts]]:
+            for shard in shards:  # one at a time: all together would not fit for a large corpus
+                one = text_facts(shard)
+                owners[shard.dataset].bytes += int(one.bytes.sum())
+                owners[shard.dataset].characters += int(one.characters.sum())
+                yield shard, one
+
+        return plan_outputs(facts(), self.cache / "corpus")
+
+    def finish(self, shards: list[Shard], outputs: list[OutputTask], manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the documents, move them into place, the manifest last. The earlier corpus is whole until then."""
         if sum(row["kept"] for row in manifest["datasets"]) == 0:
             raise DataError(
                 f"{self.output}: the corpus is empty: no document of any dataset was kept.\n"
                 f"{cards.drops_table(manifest)}\nCheck text_field, format and filters of the mixture.")
-        outputs = plan_outputs(shards, facts, self.cache / "corpus")
         drops = [DropsTask(shard, str(self.cache / "drops" / f"{shard.key[:32]}.jsonl"), self._rows_path(shard))
                  for shard in shards]
         written: dict[int, dict[str, Any]] = {}
