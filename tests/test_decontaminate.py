@@ -131,6 +131,17 @@ def test_common_words_in_a_row_condemn_nothing(index, items):
     assert not any(found(index, [planted(dice, words) for words in scattered]))
 
 
+def test_six_shared_words_need_a_like_window():
+    """An item of 18 words may differ in two and keep one seed: the window decides."""
+    dice = random.Random(12)
+    words = sentence(dice, 18)
+    built = Index([Item("set/0", "question", " ".join(words))], 13, 6, 0.8)
+    for same in (6, 7, 10, 12):
+        assert not any(found(built, [planted(dice, changed(dice, words, set(range(same, 18))))])), same
+    assert found(built, [planted(dice, changed(dice, words, {5, 12}))]) == [{("near", 0)}]
+    assert not any(found(built, [planted(dice, changed(dice, words, {5, 12, 13}))]))
+
+
 def test_hits_say_where_and_what(index, items):
     dice = random.Random(8)
     words = next(words for words in items if len(words) > 60)
