@@ -178,6 +178,18 @@ def test_grams_are_a_set(monkeypatch):
     assert [len(part) for part in Grams(keys[:0], np.zeros(0, np.int32), np.zeros(0, np.int32)).find(asked)] == [0, 0]
 
 
+def test_items_of_one_template_are_told_apart(monkeypatch):
+    """Two hundred items that begin alike: the one that is there is found, with changes, and its siblings are not."""
+    monkeypatch.setattr(index_module, "_LISTED", 20)
+    dice = random.Random(13)
+    opening = sentence(dice, 30)
+    texts = [[*opening, *sentence(dice, 15)] for _ in range(200)]
+    built = Index([Item(f"set/{n}", "q", " ".join(words)) for n, words in enumerate(texts)], 13, 6, 0.8)
+    near = changed(dice, texts[150], {9, 21, 33})
+    assert ("near", 150) in found(built, [planted(dice, near)])[0]
+    assert not any(found(built, [planted(dice, changed(dice, opening, {9, 21}))]))
+
+
 def test_equal_items_are_all_named():
     text = " ".join(WORDS[:20])
     built = Index([Item("a/1", "q", text), Item("b/7", "p", text.upper()), Item("b/8", "p", "too short")], 13, 6, 0.8)
