@@ -28,7 +28,9 @@ class ComputeConfig:
     """How the same function is computed: changes speed and memory, never the checkpoint's format."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls; parameters stay float32
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes per layer
+    # what the backward pass computes again per layer: nothing; all but matrix products; all but attention's output
+    # and logsumexp (least memory that never runs attention's forward twice); everything
+    remat: Literal["none", "dots", "names", "full"] = "none"
     scan_unroll: int = 0  # layers per scan iteration; 0 = all (fastest on CPU and GPU, slower to compile)
     # who computes attention (`ops.attention`); "auto" takes the fastest that can, a name refuses what it cannot do
     attention: Literal[
