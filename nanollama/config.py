@@ -28,7 +28,9 @@ class ComputeConfig:
     """How the same function is computed: changes speed and memory, never the checkpoint's format."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls; parameters stay float32
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes per layer
+    # what the backward pass computes again per layer: nothing; all but matrix products; all but attention's output
+    # and logsumexp (least memory that never runs attention's forward twice); everything
+    remat: Literal["none", "dots", "names", "full"] = "none"
     scan_unroll: int = 0  # layers per scan iteration; 0 = all (fastest on CPU and GPU, slower to compile)
     # who computes attention (`ops.attention`); "auto" takes the fastest that can, a name refuses what it cannot do
     attention: Literal[
@@ -106,6 +108,18 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685) on a frozen model: what is trained instead of its weights."""
+
+    rank: int = 16
+    alpha: float = 32.0  # an adapter's output is scaled by alpha / rank
+    dropout: float = 0.0  # of an adapter's input, in training only
+    targets: tuple[str, ...] = ("*",)  # names of linear layers, e.g. "query"; * and ? match any
+    rank_stabilised: bool = False  # scale by alpha / sqrt(rank) instead (arXiv:2312.03732)
+    train_rows_from: int = 0  # rows of embedding and head from this id on are trained too: added tokens; 0 = none
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 on at most one axis takes all that are left."""
 
@@ -155,6 +169,8 @@ class Config:
     data: DataConfig
     batch: BatchConfig
     seed: int = 0
+    initial_checkpoint: str = ""  # run whose parameters this one starts from, at step 0; empty = random ones
+    lora: LoraConfig | None = None  # train adapters only
     determinism: Literal["same_mesh", "elastic"] = "same_mesh"
     compute: ComputeConfig = ComputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -280,6 +296,7 @@ def check(config: Config) -> None:
         )
     _check_schedule(config)
     _check_mesh(config)
+    _check_lora(config)
 
 
 def _check_schedule(config: Config) -> None:
@@ -310,6 +327,27 @@ def _check_mesh(config: Config) -> None:
             "config.mesh",
             f"{', '.join(f'{name}={size}' for name, size in cut.items())} with determinism='elastic'",
             "Elastic mode computes whole micro-batches on one device each: set all but data to 1.",
+        )
+
+
+def _check_lora(config: Config) -> None:
+    lora, vocab_size = config.lora, config.model.vocab_size
+    if lora is None:
+        return
+    check_positive({"config.lora.rank": lora.rank, "config.lora.alpha": lora.alpha})
+    if not config.initial_checkpoint:
+        raise ConfigError(
+            "config.lora", "is set without an initial_checkpoint", "Name the run whose model the adapters are for."
+        )
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError("config.lora.dropout", f"{lora.dropout} is not in [0, 1)", "Use a fraction.")
+    if not lora.targets and not lora.train_rows_from:
+        raise ConfigError("config.lora.targets", "is empty, so nothing is trained", 'Name layers, e.g. ("query",).')
+    if not 0 <= lora.train_rows_from < vocab_size:
+        raise ConfigError(
+            "config.lora.train_rows_from",
+            f"{lora.train_rows_from} is not an id below vocab_size={vocab_size}",
+            "Give the first added token's id.",
         )
 
 

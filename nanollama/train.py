@@ -23,16 +23,17 @@ from nanollama.data.tokenizer import copy_tokenizer
 from nanollama.experiments import run_folder
 from nanollama.models.accounting import count_parameters, flops_per_token
 from nanollama.models.decoder import Decoder
+from nanollama.models.lora import learned
 from nanollama.parallel import backend
 from nanollama.parallel.mesh import make_mesh, one_device
 from nanollama.planning import here
-from nanollama.training import elastic
+from nanollama.training import elastic, initial
 from nanollama.training import step as same_mesh
 from nanollama.training.checkpoint import Checkpoints
 from nanollama.training.metrics import MetricsLog, Throughput, total_peak
 from nanollama.training.optim import make_optimizer
 from nanollama.training.samples import Sampler
-from nanollama.training.state import abstract_state, init_state, state_shardings
+from nanollama.training.state import abstract_state, state_shardings
 from nanollama.training.stop import StopSignal
 from nanollama.training.validation import Validation
 from nanollama.training.watch import NotFinite, Watch
@@ -50,7 +51,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
     mixture = open_mixture(config.data, split="train", vocab_size=config.model.vocab_size)
     hosts = dict(host=jax.process_index(), hosts=jax.process_count())
     loader = Loader(mixture, seed=config.seed, global_batch=config.batch.global_rows, **hosts)
-    decoder, optimizer = Decoder(config.model, config.compute), make_optimizer(config)
+    decoder, optimizer = Decoder(config.model, config.compute, config.lora), make_optimizer(config)
     steps, whole = (elastic, one_device(mesh)) if config.determinism == "elastic" else (same_mesh, mesh)
     validation = Validation(config, decoder, whole) if config.evaluation.every else None
     train_step = steps.make_train_step(config, decoder, optimizer, mesh, state_shardings(config, optimizer, mesh))
@@ -64,18 +65,19 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         if start >= config.steps and finished(workdir, start):
             print(f"{workdir}: done at step {start}")
             return True
-        run_folder.prepare(workdir, config, step=start, given=given)
+        parent = None if start else initial.find_parent(config, mixture.tokenizer)
+        run_folder.prepare(workdir, config, step=start, given=given, parent=parent)
         tokenizer = copy_tokenizer(config.data.tokenizer, workdir / "tokenizer")
 
-        # 1. The state: from the newest good checkpoint, or born sharded.
+        # 1. The state: from the newest good checkpoint, from another run's, or born sharded.
         source_tokens = np.zeros(len(loader.sources), np.int64)
         if start:
-            abstract = abstract_state(config, optimizer, mesh)
-            state, saved = checkpoints.restore(start, abstract, model=config.model)
+            state, saved = initial.resumed(checkpoints, start, config, optimizer, mesh)
             mixture.require_same(saved["mixture"], f"checkpoint {start} of {workdir}")
             source_tokens += saved["source_tokens"]
+            parent = saved.get("parent")
         else:
-            state, _ = init_state(config, optimizer, mesh)
+            state = initial.fresh(config, optimizer, mesh)
 
         # 2. What watches it.
         peak, convention = total_peak(mesh.devices.ravel().tolist(), config.compute.dtype)
@@ -87,7 +89,8 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         stack.callback(log.close)
         watch = Watch(config, log, speed, loader, checkpoints, source_tokens)
         sampler = Sampler(config, tokenizer, whole, workdir / "samples")
-        metadata = {"config": as_dict(config), "tokenizer": tokenizer.sha256, "mixture": mixture.describe()}
+        metadata = {"config": as_dict(config), "tokenizer": tokenizer.sha256, "mixture": mixture.describe(),
+                    "parent": parent}
 
         # 3. The loop: dispatch a step, read the figures of the one before; save before evaluating.
         stack.enter_context(jax.transfer_guard("disallow"))
@@ -97,7 +100,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
             checkpoints.check()
             if stop.requested or step == config.steps or step % config.checkpoint.every == 0:
                 watch.catch_up()  # raises before a state that is not finite can be saved
-                checkpoints.save(step, state, {**metadata, "source_tokens": watch.source_tokens.tolist()})
+                checkpoints.save(step, initial.own(state), {**metadata, "source_tokens": watch.source_tokens.tolist()})
             if step == config.steps:
                 break
             if stop.requested:
@@ -146,11 +149,13 @@ def describe(config: Config) -> str:
     count = count_parameters(config.model)
     flops = flops_per_token(config.model, length).train
     tokens = rows * length * config.steps
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(learned(state.params)))
+    what = "gradients as much as the parameters" if config.lora is None else f"{trained:,} values are trained"
     return "\n".join([
         f"{config.name}: {config.model.family}, {count.total:,} parameters ({count.non_embedding:,} without the "
         "embedding)",
         f"state: parameters {size['parameters'] / 2**20:,.0f} MiB, optimizer {size['optimizer'] / 2**20:,.0f} MiB; "
-        "gradients as much as the parameters",
+        f"{what}",
         f"{config.steps:,} steps of {rows} x {length} = {tokens:,} tokens, {flops / 1e9:.3g} GFLOP each, "
         f"{flops * tokens:.3g} FLOP in all",
     ])

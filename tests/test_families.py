@@ -226,7 +226,34 @@ def integers(header: dict[str, Any]) -> None:
     header["model.norm.weight"]["dtype"] = "I16"
 
 
+def entry(**changes: Any) -> Any:
+    return lambda folder: rewrite(folder, lambda header: header["model.norm.weight"].update(changes))
+
+
+def json_field(name: str, **changes: Any) -> Any:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        values = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**values, **changes}))
+
+    return damage
+
+
+def too_many_ids(folder: Path) -> None:
+    from test_hub_tokenizer import byte_level
+
+    (folder / "tokenizer.json").write_bytes(byte_level(["<|end|>"]))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+
+
 DAMAGES = {
+    "vocabulary": (too_many_ids, "tokenizer has 257 ids, the model's vocab_size is 96"),
+    "architecture": (json_field("config.json", model_type="gpt_bigcode"), "'gpt_bigcode' is not supported"),
+    "field type": (json_field("config.json", rope_theta="x"), "a field has a value it cannot have"),
+    "not utf-8": (lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'), "config.json: not UTF-8 at byte 7"),
+    "entry": (entry(data_offsets=[0]), "model.norm.weight: its entry in the header is not whole"),
+    "negative": (entry(shape=[-64]), "model.norm.weight: shape .* not whole numbers"),
+    "unknown type": (entry(dtype="F8_E4M3"), "model.norm.weight is F8_E4M3"),
     "truncated": (damage_truncate, "truncated"),
     "header": (damage_header, "truncated|not JSON"),
     "missing": (lambda f: rewrite(f, lambda h: h.pop("model.layers.2.mlp.up_proj.weight")), "layers.2.mlp.up_proj"),

@@ -10,7 +10,7 @@ import functools
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,30 @@ from nanollama.data.files import DataError, read_json, write_atomic, write_json
 from nanollama.data.strict import from_mapping, nearest
 from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, MODEL_FILES, Tokenizer
 from nanollama.export.model_card import model_card
+from nanollama.export.peft import require_adapter, write_adapter
 from nanollama.export.safetensors_file import write_safetensors
 from nanollama.export.tokenizer_json import tokenizer_json
-from nanollama.export.weights import FLOATS, Tensor, TensorInfo, publish, published_tensors
+from nanollama.export.weights import FLOATS, Tensor, TensorInfo, parameter_shapes, publish, published_tensors
 from nanollama.models.families import FAMILIES
 from nanollama.models.families.published import Exported, write_config
-from nanollama.training.checkpoint import find_step_folder, parameter_infos, read_metadata, restore_parameter
+from nanollama.training.checkpoint import find_step_folder, read_metadata
+from nanollama.training.initial import lora_of, whole_parameter, whole_parameter_infos
 
 _DEFAULT_LENGTH = 2048  # where neither the model nor the run says how long a text may be
 
 
-def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "", shard_bytes: int = 5 << 30) -> Path:
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "",
+    shard_bytes: int = 5 << 30,
+    adapter: bool = False,
+) -> Path:
     """Write the published form of a run's newest good checkpoint to `output`, which must not exist.
 
     dtype: of the weights; "" keeps that of the weights it was imported from, else float32 (the same logits).
+    adapter: of a run of adapters, these alone, as the peft package stores them; else they are merged.
     One parameter at a time is in memory. Errors: DataError and ConfigError, before `output` exists.
     """
     output = Path(output)
@@ -54,14 +64,21 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "", shard
         raise DataError(f"{run}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: damaged.")
     tensors = published_tensors(model, family)
     _check_parameters(folder, tensors, factors)
+    lora, parent = lora_of(metadata), metadata.get("parent") or {}
+    read = _plain_reader(folder, model)
 
     staged = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        _write_weights(folder, tensors, factors, staged, dtype, shard_bytes)
+        if adapter:
+            lora = require_adapter(lora, folder)
+            write_adapter(folder, staged, model, family, lora, parent.get("path", ""), read, dtype)
+        else:
+            _write_weights(read, tensors, factors, staged, dtype, shard_bytes)
         ids = _write_tokenizer(tokenizer, staged, model) if tokenizer is not None else {}
-        write_json(staged / "config.json", {**config, "torch_dtype": dtype, **ids})
-        write_json(staged / "generation_config.json", {"_from_model_config": True, **ids})
+        if not adapter:
+            write_json(staged / "config.json", {**config, "torch_dtype": dtype, **ids})
+            write_json(staged / "generation_config.json", {"_from_model_config": True, **ids})
         results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
         write_atomic(staged / "README.md", model_card(model, metadata, results, dtype, tokenizer))
         if output.exists():
@@ -80,12 +97,13 @@ def _exported(metadata: dict[str, Any]) -> Exported:
     if not model.max_position_embeddings:
         length = config.get("data", {}).get("sequence_length", _DEFAULT_LENGTH)
         model = dataclasses.replace(model, max_position_embeddings=length)
+    model = dataclasses.replace(model, vocab_padding=0)  # what pads the vocabulary is ours alone
     rewrite = FAMILIES[model.family].exported
     return Exported(model) if rewrite is None else rewrite(model)
 
 
 def _check_parameters(folder: Path, tensors: list[Tensor], factors: Mapping[str, float]) -> None:
-    saved = set(parameter_infos(folder))
+    saved = set(whole_parameter_infos(folder))
     needed = {tensor.map.ours for tensor in tensors if factors.get(tensor.map.ours, 1.0)}
     if saved != needed:
         raise DataError(
@@ -94,8 +112,19 @@ def _check_parameters(folder: Path, tensors: list[Tensor], factors: Mapping[str,
         )
 
 
+def _plain_reader(folder: Path, model: ModelConfig) -> Callable[[str], np.ndarray]:
+    """Reads a parameter by its path, adapters merged, without the rows that pad the vocabulary."""
+    read, shapes = whole_parameter(folder), parameter_shapes(model)
+    return lambda path: read(path)[tuple(slice(size) for size in shapes[path])]
+
+
 def _write_weights(
-    folder: Path, tensors: list[Tensor], factors: Mapping[str, float], output: Path, dtype: str, shard_bytes: int
+    read: Callable[[str], np.ndarray],
+    tensors: list[Tensor],
+    factors: Mapping[str, float],
+    output: Path,
+    dtype: str,
+    shard_bytes: int,
 ) -> None:
     by_parameter: dict[str, list[Tensor]] = {}
     for tensor in tensors:
@@ -103,7 +132,7 @@ def _write_weights(
     by_name = {tensor.name: tensor for tensor in tensors}
 
     def load(path: str) -> np.ndarray | None:
-        return restore_parameter(folder, path) if factors.get(path, 1.0) else None
+        return read(path) if factors.get(path, 1.0) else None
 
     def cut(parameter: np.ndarray | None, name: str) -> np.ndarray:
         tensor = by_name[name]
@@ -149,19 +178,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder or one step's folder")
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", default="", choices=["", *FLOATS], help="default: as imported, else float32")
+    parser.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapters alone, for peft")
     parser.add_argument("--shard_gigabytes", type=float, default=5.0, help="weights are cut into files of this size")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
     try:
         output = export(
-            options.checkpoint, options.output, dtype=options.dtype, shard_bytes=int(options.shard_gigabytes * 1e9)
+            options.checkpoint,
+            options.output,
+            dtype=options.dtype,
+            shard_bytes=int(options.shard_gigabytes * 1e9),
+            adapter=options.adapter,
         )
     except (DataError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(f"{output}: {size / 1e6:,.1f} MB in {time.perf_counter() - begin:.1f} s. Load it with transformers:")
-    print(f"  AutoModelForCausalLM.from_pretrained({str(output)!r})")
+    library, call = ("peft", "PeftModel.from_pretrained(base, ") if options.adapter else (
+        "transformers", "AutoModelForCausalLM.from_pretrained(")  # fmt: skip
+    print(f"{output}: {size / 1e6:,.1f} MB in {time.perf_counter() - begin:.1f} s. Load it with {library}:")
+    print(f"  {call}{str(output)!r})")
     return 0
 
 

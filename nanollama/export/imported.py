@@ -46,19 +46,45 @@ def write_run(
     Errors: DataError and ConfigError, before anything is written to `output`.
     """
     output = Path(output)
-    if (output / "checkpoints").is_dir() and any((output / "checkpoints").iterdir()):
-        raise DataError(f"{output}: holds a run already. Choose another --output, or delete it.")
+    check_free(output)
     check_tensors(source, tensors, model.tie_embeddings, left_out)
-    staged, fresh = output.with_name(f".{output.name}.tokenizer"), not output.exists()
+    staged = output.with_name(f".{output.name}.tokenizer")
     try:
         tokenizer = None if make_tokenizer is None else make_tokenizer(staged)
         if tokenizer is not None:
             _check_vocabulary(model, tokenizer, source.where)
+        return save_run(output, model, adopt(source, tensors, model), lineage=lineage, tokenizer=tokenizer, say=say)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_free(output: Path) -> None:
+    """Errors: DataError when `output` holds a run."""
+    if (output / "checkpoints").is_dir() and any((output / "checkpoints").iterdir()):
+        raise DataError(f"{output}: holds a run already. Choose another --output, or delete it.")
+
+
+def save_run(
+    output: Path,
+    model: ModelConfig,
+    readers: Mapping[str, Callable[[], np.ndarray]],
+    *,
+    lineage: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write a run folder at step 0; `readers` gives each parameter, one at a time in memory.
+
+    Errors: DataError; a folder that was not there before is not there after.
+    """
+    check_free(output)
+    fresh = not output.exists()
+    try:
         with Lock(output):
             if tokenizer is not None:
-                copy_tokenizer(staged, output / "tokenizer")
+                copy_tokenizer(tokenizer.directory, output / "tokenizer")
             config = as_dict(_config(output.name, model))
-            _save(output, model, source, tensors, {
+            _save(output, model, readers, {
                 "config": config,
                 "lineage": dict(lineage),
                 "tokenizer": tokenizer.sha256 if tokenizer is not None else "",
@@ -69,8 +95,6 @@ def write_run(
         if fresh:
             shutil.rmtree(output, ignore_errors=True)
         raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return output
 
 
@@ -87,13 +111,11 @@ def _config(name: str, model: ModelConfig) -> Config:
 def _save(
     output: Path,
     model: ModelConfig,
-    source: Source,
-    tensors: list[Tensor],
+    readers: Mapping[str, Callable[[], np.ndarray]],
     metadata: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
     shapes, begin = parameter_shapes(model), time.perf_counter()
-    readers = adopt(source, tensors, model)
     params = {path: LazyArray(_checked(path, readers[path]), shapes[path]) for path in sorted(shapes)}
     step = LazyArray(lambda: np.zeros((), np.int32), (), np.int32)
     checkpoints = LazyCheckpoints(output / "checkpoints", CheckpointConfig())

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import ComputeConfig, ModelConfig, MoeConfig
-from nanollama.models.linear import linear, normal, parameter
+from nanollama.models.linear import adapter, linear, normal, parameter
 from nanollama.ops import moe as ops
 from nanollama.ops.mlp import swiglu
 
@@ -41,7 +41,11 @@ def mixture_of_experts(
     routing = ops.route(logits_NE, moe, bias_E)
 
     def stacked(name: str, axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> jax.Array:
-        return parameter(module, name, ("expert", *axes), (E, *shape), normal(std)).astype(h_ND.dtype)
+        axes, shape = ("expert", *axes), (E, *shape)
+        weight = parameter(module, name, axes, shape, normal(std)).astype(h_ND.dtype)
+        low_rank = adapter(module, name, axes, shape, h_ND.dtype, stacked=1)
+        # Merged on the spot: the grouped products know nothing of adapters. No dropout.
+        return weight if low_rank is None else weight + low_rank.a @ low_rank.b
 
     experts = ops.Experts(
         stacked("expert_gate", ("embed", "ffn"), (D, F), m.init_std),

@@ -9,6 +9,7 @@ import jax
 
 from nanollama.config import LossConfig
 from nanollama.models.decoder import Decoder, head
+from nanollama.models.lora import dropout_rngs
 from nanollama.ops.losses import LossSums, cross_entropy_sums
 
 Batch = dict[str, jax.Array]
@@ -19,7 +20,9 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
 
     batch: tokens, targets, positions, first_key [B, T] int32; weights [B, T] float32, 0 where nothing is learned.
     """
-    hidden_BTD, _ = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["first_key"])
+    hidden_BTD, _ = decoder.apply(
+        {"params": params}, batch["tokens"], batch["positions"], batch["first_key"], rngs=dropout_rngs(batch)
+    )
     sums = cross_entropy_sums(
         hidden_BTD,
         head(params),
@@ -27,5 +30,6 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
         batch["weights"],
         z_loss=loss.z_loss,
         chunk_tokens=decoder.compute.loss_chunk_tokens,
+        vocabulary=decoder.model.vocab_size,
     )
     return sums.total, sums

@@ -33,6 +33,8 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "vocab": ("tensor",),
     "layers": None,
     "norm": None,
+    "rank": None,  # of an adapter
+    "added": None,  # rows of added tokens
 }
 
 # Dimensions that are replicated, not refused, where the mesh does not divide them: with more tensor shards

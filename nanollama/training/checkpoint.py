@@ -16,7 +16,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class Checkpoints:
             raise CheckpointError(f"{folder}: {damage}. Restore another step: {self.steps()}.")
         metadata = _read_metadata(folder)
         if model is not None:
-            _check_model(folder, metadata, model)
+            check_model(folder, metadata, model)
         _check_arrays(folder, abstract_state)
         return _read_arrays(folder, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract_state)), metadata
 
@@ -335,8 +335,11 @@ def _read_arrays(folder: Path, handler: ocp.CheckpointHandler, arguments: ocp.ar
         return handler.restore(folder / "state", args=arguments)
 
 
-def _check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig) -> None:
-    """Compare architectures field by field; `init_std` only matters to fresh parameters."""
+def check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig, besides: Sequence[str] = ()) -> None:
+    """Compare architectures field by field, but for `besides` and `init_std`, which only matters to fresh parameters.
+
+    Errors: CheckpointError names each field that differs, with both values.
+    """
     try:
         saved = to_mapping(from_mapping(ModelConfig, metadata["config"]["model"], "config.model"))
     except (KeyError, TypeError, FieldError) as error:
@@ -347,12 +350,12 @@ def _check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig) 
     different = [
         f"config.model.{name}: checkpoint {saved[name]!r}, asked {asked[name]!r}"
         for name in asked
-        if name != "init_std" and saved[name] != asked[name]
+        if name not in ("init_std", *besides) and saved[name] != asked[name]
     ]
     if different:
         raise CheckpointError(
             f"{folder} is of another model: {'; '.join(different)}. Use the checkpoint's values, or "
-            "start this model in another run folder."
+            "train this model from the start in another run folder."
         )
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nanollama.config import Config, ConfigError
 from nanollama.data.files import DataError
 from nanollama.models.decoder import Decoder
+from nanollama.models.lora import learned, with_dropout_keys, with_learned
 from nanollama.objectives import next_token
 from nanollama.ops.losses import LossSums
 from nanollama.parallel.mesh import BATCH_AXES, batch_sharding
@@ -50,6 +51,7 @@ def make_train_step(
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = with_dropout_keys(batch, config.lora, config.seed, state.step, config.batch.micro_batches)
         gradients, sums = gradient(state.params, batch)
         return update(state, gradients, sums, optimizer, schedule)
 
@@ -120,31 +122,44 @@ def make_gradient(
 
 
 def sum_gradients(loss: Loss, params: Any, batch: Batch, micro_batches: int, shardings: Any) -> tuple[Any, LossSums]:
-    """Gradients of the summed loss, float32, like `params`, and the sums; one micro-batch in memory at a time.
+    """Gradients of the summed loss, float32, like `learned(params)`, and the sums; one micro-batch in memory at a time.
 
     Micro-batch m holds rows m::micro_batches, so that rows cut over devices stay where they are.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = gradient_of(loss)
 
     def pinned(gradients: Any) -> Any:  # without it a gradient can lose an axis of its parameter's sharding
-        return jax.lax.with_sharding_constraint(gradients, shardings)
+        return jax.lax.with_sharding_constraint(gradients, learned(shardings))
 
     if micro_batches == 1:
-        (_, sums), gradients = gradient(params, batch)
+        gradients, sums = gradient(params, batch)
         return pinned(gradients), sums
 
     def accumulate(carry: tuple[Any, LossSums], micro_batch: Batch) -> tuple[tuple[Any, LossSums], None]:
-        (_, sums), gradients = gradient(params, micro_batch)
+        gradients, sums = gradient(params, micro_batch)
         return (pinned(jax.tree.map(jnp.add, carry[0], gradients)), carry[1] + sums), None
 
     zero = jnp.zeros((), jnp.float32)
-    zeros = pinned(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    zeros = pinned(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), learned(params)))
     (gradients, sums), _ = jax.lax.scan(
         accumulate,
         (zeros, LossSums(zero, zero, zero, zero, zero)),
         {key: split_rows(x_BT, micro_batches) for key, x_BT in batch.items()},
     )
     return gradients, sums
+
+
+def gradient_of(loss: Loss) -> Callable[[Any, Batch], tuple[Any, LossSums]]:
+    """`(params, batch) -> (gradients of what learns, sums)`."""
+
+    def of_learned(new: Any, params: Any, batch: Batch) -> tuple[jax.Array, LossSums]:
+        return loss(with_learned(params, new), batch)
+
+    def gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
+        (_, sums), gradients = jax.value_and_grad(of_learned, has_aux=True)(learned(params), params, batch)
+        return gradients, sums
+
+    return gradient
 
 
 def split_rows(x_BT: Any, micro_batches: int) -> Any:
@@ -165,8 +180,9 @@ def update(
     (before clipping), update_norm, learning_rate (used for this update), finite (bool: all of these are).
     """
     gradients = jax.tree.map(lambda g: g / sums.weight, gradient_sums)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    before = learned(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, before)
+    params = with_learned(state.params, optax.apply_updates(before, updates))
     metrics = {
         "loss": sums.nll / sums.weight,
         "z_loss": sums.z / sums.weight,
