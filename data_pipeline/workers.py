@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import signal
 import threading
 import traceback
 from collections import deque
@@ -174,6 +175,7 @@ def _threads(count: int) -> Iterator[None]:
 def _work(pipe: Any) -> None:
     """A worker's life: tasks until the pipe ends."""
     _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     while True:
         try:
             function, task = pipe.recv()
