@@ -279,7 +279,7 @@ class Run:
                 if path.is_dir():
                     with contextlib.suppress(OSError):
                         path.rmdir()
-                elif path not in kept and path.parent not in folders:
+                elif path not in kept and (path.parent not in folders or path.suffix == ".tmp"):
                     path.unlink(missing_ok=True)
         shutil.rmtree(self.output / WORK, ignore_errors=True)  # of earlier versions
 

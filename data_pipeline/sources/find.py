@@ -49,15 +49,20 @@ def _url_matches(pattern: str) -> list[FileRef]:
 def _path_matches(pattern: str) -> list[FileRef]:
     if not glob.has_magic(pattern):
         path = Path(pattern)
-        return [FileRef(path.name, str(path), path.stat().st_size)] if path.is_file() else []
+        return [FileRef(_storable(path.name), str(path), path.stat().st_size)] if path.is_file() else []
     fixed = []
     for part in Path(pattern).parts:
         if glob.has_magic(part):
             break
         fixed.append(part)
     matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-    return [FileRef(path.relative_to(Path(*fixed)).as_posix(), str(path), path.stat().st_size)
+    return [FileRef(_storable(path.relative_to(Path(*fixed)).as_posix()), str(path), path.stat().st_size)
             for path in sorted(matches) if path.is_file()]
+
+
+def _storable(name: str) -> str:
+    """`name` with the bytes spelled out that are no UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _no_match(dataset: DatasetConfig, pattern: str, expanded: str) -> None:
