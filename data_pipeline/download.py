@@ -57,7 +57,8 @@ def read_task(dataset: DatasetConfig, part: Part, inputs: list[Any], cache: Path
     # a capped head is read in small shards: reading on goes by whole shards
     shard_bytes = SHARD_BYTES if not reads_head(dataset) else min(SHARD_BYTES, dataset.max_bytes or SHARD_BYTES)
     key = sha256_json({
-        "stage": "read", "version": STAGE_VERSION, "format": format_of(dataset), "part": part.name,
+        "stage": "read", "version": STAGE_VERSION, "format": format_of(dataset), "head": reads_head(dataset),
+        "split": getattr(part, "split", None),  # of a set that keeps its splits in one folder
         "settings": {name: to_mapping(getattr(dataset, name)) for name in _READING},
         "inputs": [dataclasses.asdict(row) for row in inputs], "shard_bytes": shard_bytes, "shard_rows": SHARD_ROWS,
         "python": platform.python_version() if format_of(dataset) == "docstrings" else None})

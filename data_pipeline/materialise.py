@@ -6,7 +6,7 @@ be made in any process and order) and the list of dropped rows. Knows no stage.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class DropsTask:
     rows: str  # of the table
 
 
-def plan_outputs(shards: Sequence[Shard], facts: Sequence[Facts], cache: Path) -> list[OutputTask]:
-    """The files of the corpus in their order: documents in theirs, a file of one dataset, of SHARD_BYTES or less."""
+def plan_outputs(shards: Iterable[tuple[Shard, Facts]], cache: Path) -> list[OutputTask]:
+    """The files of the corpus in their order: documents in theirs, a file of one dataset, of about SHARD_BYTES."""
     tasks: list[OutputTask] = []
     pieces: list[Piece] = []
     held = 0
@@ -70,7 +70,7 @@ def plan_outputs(shards: Sequence[Shard], facts: Sequence[Facts], cache: Path) -
         pieces.clear()
         held = 0
 
-    for shard, fact in zip(shards, facts, strict=True):
+    for shard, fact in shards:
         if pieces and pieces[0].shard.dataset != shard.dataset:
             close()
         start = 0

@@ -38,7 +38,7 @@ def texts(seed: int, count: int) -> list[str]:
 def staged_mixture(tmp_path: Path, **top: Any) -> Path:
     """Three datasets of several raw shards, filters, duplicates within and across them."""
     for number, name in enumerate(("one", "two", "three")):
-        lines = jsonl(texts(number % 2, 300)) + b"broken\n"
+        lines = jsonl(texts(number % 2, 300), n=number, year=2000 + number) + b"broken\n"
         (tmp_path / f"{name}.jsonl").write_bytes(lines)
     section = {"deduplication": [{"type": "exact"}], **top}
     return mixture(tmp_path / "mix.yaml", *(
@@ -267,3 +267,30 @@ def test_a_share_of_a_dataset(tmp_path: Path) -> None:
     assert 30 <= row["kept"] <= 70
     assert row["dropped"] == {"not sampled": 1000 - row["kept"]}  # no loss: it was asked for
     assert (tmp_path / "out" / "dropped.jsonl").read_bytes() == b""
+
+
+def test_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / os.fsdecode(b"caf\xe9.jsonl")).write_bytes(jsonl(["one text"]))
+    config = mixture(tmp_path / "mix.yaml", {"name": "set", "source": str(tmp_path / "files" / "*.jsonl")})
+    build_corpus(config, tmp_path / "out")
+    assert [row["id"] for row in documents(tmp_path / "out")] == ["set/caf\\xe9.jsonl:1"]
+
+
+def test_every_step_takes_shards_of_no_documents(tmp_path: Path) -> None:
+    """One dataset loses all it has to its filter; the steps over the whole corpus see its empty shards."""
+    value = json.loads(staged_mixture(tmp_path).read_text())
+    value["datasets"][1]["filters"] = [{"type": "length", "min_characters": 10_000}]
+    (tmp_path / "bench.yaml").write_text(f"sets: [{{name: own, path: {tmp_path}/items.jsonl, fields: [text]}}]")
+    (tmp_path / "items.jsonl").write_bytes(jsonl([texts(0, 20)[2]]))
+    value |= {"deduplication": [{"type": "exact"}, {"type": "minhash"}, {"type": "simhash"}],
+              "decontamination": [{"type": "decontaminate", "benchmarks": str(tmp_path / "bench.yaml")}],
+              "selection": [{"type": "dsir", "target": ["one"]}, {"type": "quality", "attribute": "n"},
+                            {"type": "temporal"}, {"type": "curriculum", "attribute": "n"}]}
+    (tmp_path / "mix.yaml").write_text(json.dumps(value))
+    manifest = build_corpus(tmp_path / "mix.yaml", tmp_path / "out")
+    assert [row["kept"] for row in manifest["datasets"]][1] == 0 and manifest["datasets"][0]["kept"] > 20
+    assert manifest["datasets"][0]["dropped"]["contaminated by own"] >= 1
+    assert [step["type"] for step in manifest["steps"]] == [
+        "exact", "minhash", "simhash", "decontaminate", "dsir", "quality", "temporal", "curriculum"]
+    assert manifest["steps"][3]["summary"]["sets"]["own"]["status"] == "used"

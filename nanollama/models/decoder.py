@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import ComputeConfig, LoraConfig, ModelConfig
+from nanollama.kernels.flash import LSE_NAME, OUTPUT_NAME
 from nanollama.models import lora as loras
 from nanollama.models.attention import Context, cache_heads, grouped_query_attention, latent_attention
 from nanollama.models.feed_forward import ROUTERS, gated_feed_forward, mixture_of_experts
@@ -232,7 +233,11 @@ def _windows(model: ModelConfig, stack: Stack) -> jax.Array | None:
 
 def _scanned(model: ModelConfig, compute: ComputeConfig, lora: LoraConfig | None, stack: Stack) -> Any:
     """`Block`, rematerialised as asked, scanned over the layers of a stack with stacked parameters."""
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    policies = {
+        "full": None,
+        "names": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME, LSE_NAME),
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
     block: Any = Block
     if compute.remat != "none":
         block = nn.remat(Block, prevent_cse=False, policy=policies[compute.remat])
