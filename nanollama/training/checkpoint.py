@@ -373,10 +373,7 @@ def _read_arrays(folder: Path, handler: ocp.CheckpointHandler, arguments: ocp.ar
 
 
 def check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig, besides: Sequence[str] = ()) -> None:
-    """Compare architectures field by field, but for `besides` and `init_std`, which only matters to fresh parameters.
-
-    Errors: CheckpointError names each field that differs, with both values.
-    """
+    """Compare architectures, but for `besides` and `init_std`. Errors: CheckpointError names fields and both values."""
     try:
         saved = to_mapping(from_mapping(ModelConfig, metadata["config"]["model"], "config.model"))
     except (KeyError, TypeError, FieldError) as error:
