@@ -177,7 +177,7 @@ FULL_MISTAKES = [
     ("method: alpha, alpha: 1.3", "method: alhpa", 26, ["sampling.method", "'alhpa'", "'alpha'"]),
     ("method: alpha, alpha: 1.3", "method: unimax, alpha: 1.3", 26, ["sampling.alpha", "no such field"]),
     ("alpha: 1.3", "alpha: -1.0", 26, ["sampling.alpha", "above 0"]),
-    ("method: alpha, alpha: 1.3", "method: temporal, reference: soon", 26, ["sampling.reference", "date"]),
+    ("method: alpha, alpha: 1.3", "method: temporal", 26, ["sampling.method", "under selection"]),
     ("method: alpha, alpha: 1.3", "method: weighted", 5, ["datasets[0].mix_ratio", "missing"]),
     ("    estimated_tokens: 800\n", "", 5, ["datasets[0].estimated_tokens", "'alpha'"]),
     ("estimated_tokens: 800", "estimated_tokens: 800\n    mix_ratio: 0.5", 8,
