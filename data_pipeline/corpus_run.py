@@ -273,13 +273,13 @@ class Run:
         kept = {Path(sidecar.path) for sidecar in sidecars} | {self.output / INDEX}
         kept |= {Path(self._rows_path(shard)) for shard in shards}
         kept |= {Path(sidecar.texts) for sidecar in sidecars if sidecar.texts}
-        folders = {Path(shard.path).parent for shard in shards}
+        kept |= {Path(shard.path).with_suffix(suffix) for shard in shards for suffix in (".parquet", ".json")}
         for root in (self.decisions, self.cache):
             for path in sorted(root.rglob("*"), reverse=True):
                 if path.is_dir():
                     with contextlib.suppress(OSError):
                         path.rmdir()
-                elif path not in kept and (path.parent not in folders or path.suffix == ".tmp"):
+                elif path not in kept:
                     path.unlink(missing_ok=True)
         shutil.rmtree(self.output / WORK, ignore_errors=True)  # of earlier versions
 
