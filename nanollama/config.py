@@ -37,7 +37,7 @@ class ComputeConfig:
         "auto", "xla_chunked", "pallas", "cudnn", "splash", "reference", "pallas_interpret", "splash_interpret"
     ] = "auto"
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at one time
-    moe: Literal["auto", "dropless", "capacity", "dense"] = "auto"  # how experts are computed; `ops.moe`
+    moe: Literal["auto", "dropless", "blocked", "capacity", "dense"] = "auto"  # how experts are computed; `ops.moe.mix`
     moe_capacity: float = 2.0  # capacity only: slots of an expert, relative to even loads; tokens beyond are dropped,
     # which changes what is computed (the count is in the metrics)
 
@@ -295,6 +295,7 @@ def check(config: Config) -> None:
             "Use a divisor.",
         )
     _check_schedule(config)
+    _check_experts(config)
     _check_mesh(config)
     _check_lora(config)
 
@@ -313,6 +314,25 @@ def _check_schedule(config: Config) -> None:
     if not 0 <= schedule.final_fraction <= 1:
         raise ConfigError(
             "config.schedule.final_fraction", f"{schedule.final_fraction} is not in [0, 1]", "Use a fraction."
+        )
+
+
+def _check_experts(config: Config) -> None:
+    loss = config.loss
+    for name in ("balance_loss", "router_z_loss", "bias_update_rate"):
+        if getattr(loss, name) < 0:
+            raise ConfigError(f"config.loss.{name}", f"{getattr(loss, name)} is negative", "Use 0 or more.")
+    if config.model.moe is None:
+        if loss.balance_loss or loss.router_z_loss:
+            raise ConfigError("config.loss.balance_loss", "the model has no experts", "Set config.model.moe, or 0.")
+        return
+    if config.compute.moe == "capacity":
+        check_positive({"config.compute.moe_capacity": config.compute.moe_capacity})
+    if loss.balance == "batch" and loss.balance_loss and config.batch.micro_batches > 1:
+        raise ConfigError(
+            "config.loss.balance",
+            f"'batch' with micro_batches={config.batch.micro_batches}",
+            "A product of means over the batch is not the sum of its parts: use 'sequence', or one micro-batch.",
         )
 
 

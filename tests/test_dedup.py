@@ -1,5 +1,6 @@
 """Duplicates: exact, MinHash, SimHash, against brute force; what is dropped has a kept, older copy."""
 
+import importlib.metadata
 import json
 import random
 from pathlib import Path
@@ -15,7 +16,7 @@ from data_pipeline.dedup import cluster, minhash, simhash, spool
 from data_pipeline.dedup.exact import ExactDeduplication
 from data_pipeline.dedup.minhash import MinHashDeduplication
 from data_pipeline.dedup.simhash import SimHashDeduplication
-from data_pipeline.text.words import word_hashes
+from data_pipeline.text.words import slow_words, word_hashes
 from nanollama.data.strict import FieldError
 
 VOCABULARY = [f"word{number}" for number in range(300)]
@@ -114,6 +115,24 @@ def test_minhash_is_brute_force(seed):
         assert found[young] in kept(rows)
         assert score == pytest.approx(likeness(place[young], place[found[young]]), abs=1e-12)
         assert score >= 0.8
+
+
+def test_minhash_is_brute_force_on_real_texts():
+    """Licences and notices of the installed packages: many are copies with another name or year."""
+    paths = sorted({path for one in importlib.metadata.distributions() for path in one.files or ()
+                    if ".dist-info" in str(path) and "licen" in str(path).lower()}, key=str)[:120]
+    texts = {str(path): path.locate().read_text(encoding="utf-8", errors="ignore") for path in paths}
+    docs = [Doc(name, " ".join(slow_words(text)), number % 7) for number, (name, text) in enumerate(texts.items())
+            if len(text) < 40_000]
+    assert len(docs) > 40
+    likeness = true_jaccard(docs)
+    truth = slow_rule(docs, [age(doc, row=row) for row, doc in enumerate(docs)],
+                      lambda old, young: likeness(old, young) >= 0.8)
+    assert len(truth) > 5
+    found = of(run_step(MinHashDeduplication(), [docs[:20], docs[20:]]), "duplicate_of")
+    place = {doc.id: row for row, doc in enumerate(docs)}
+    assert all(likeness(place[young], place[old]) >= 0.8 and old not in found for young, old in found.items())
+    assert len(set(truth) - set(found)) <= 0.005 * len(docs)
 
 
 def chain():

@@ -12,6 +12,7 @@ Knows words and hashes only, no files.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -106,12 +107,22 @@ class Index:
         self.offsets = np.append(0, np.cumsum([len(part) for part in parts])).astype(np.int64)
         self.words = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
         nothing = np.zeros(0, np.int64)
-        bag = WordHashes(self.offsets, self.words, np.zeros(0, np.uint8), nothing, nothing)
-        self._exact, self._seeds = (_grams(bag, size) for size in (self.ngram, self.seed))
-        self._templates = self._seeds.template_grams(len(self.items))
+        self._bag = WordHashes(self.offsets, self.words, np.zeros(0, np.uint8), nothing, nothing)
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @functools.cached_property
+    def _exact(self) -> Grams:
+        return _grams(self._bag, self.ngram)
+
+    @functools.cached_property
+    def _seeds(self) -> Grams:
+        return _grams(self._bag, self.seed)
+
+    @functools.cached_property
+    def _templates(self) -> Positions:
+        return self._seeds.template_grams(len(self.items))
 
     def search(self, words: WordHashes) -> Iterator[Hit]:
         """Every hit in the documents of `words`, document by document, exact ones first."""

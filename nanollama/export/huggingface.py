@@ -27,7 +27,7 @@ from nanollama.export.tokenizer_json import tokenizer_json
 from nanollama.export.weights import FLOATS, Tensor, TensorInfo, parameter_shapes, publish, published_tensors
 from nanollama.models.families import FAMILIES
 from nanollama.models.families.published import Exported, write_config
-from nanollama.training.checkpoint import find_step_folder, read_metadata
+from nanollama.training.checkpoint import find_step_folder, parameter_reader, read_metadata
 from nanollama.training.initial import lora_of, whole_parameter, whole_parameter_infos
 
 _DEFAULT_LENGTH = 2048  # where neither the model nor the run says how long a text may be
@@ -45,7 +45,8 @@ def export(
 
     dtype: of the weights; "" keeps that of the weights it was imported from, else float32 (the same logits).
     adapter: of a run of adapters, these alone, as the peft package stores them; else they are merged.
-    One parameter at a time is in memory. Errors: DataError and ConfigError, before `output` exists.
+    One tensor at a time is in memory, or one chunk of the checkpoint (`training.checkpoint.parameter_reader`); of a
+    run of adapters one parameter. Errors: DataError and ConfigError, before `output` exists.
     """
     output = Path(output)
     if output.exists() and any(output.iterdir()):
@@ -65,16 +66,14 @@ def export(
     tensors = published_tensors(model, family)
     _check_parameters(folder, tensors, factors)
     lora, parent = lora_of(metadata), metadata.get("parent") or {}
-    read = _plain_reader(folder, model)
-
     staged = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     try:
         if adapter:
-            lora = require_adapter(lora, folder)
+            lora, read = require_adapter(lora, folder), _plain_reader(folder, model)
             write_adapter(folder, staged, model, family, lora, parent.get("path", ""), read, dtype)
         else:
-            _write_weights(read, tensors, factors, staged, dtype, shard_bytes)
+            _write_weights(_part_reader(folder, model, metadata), tensors, factors, staged, dtype, shard_bytes)
         ids = _write_tokenizer(tokenizer, staged, model) if tokenizer is not None else {}
         if not adapter:
             write_json(staged / "config.json", {**config, "torch_dtype": dtype, **ids})
@@ -118,31 +117,45 @@ def _plain_reader(folder: Path, model: ModelConfig) -> Callable[[str], np.ndarra
     return lambda path: read(path)[tuple(slice(size) for size in shapes[path])]
 
 
+Read = Callable[[tuple[int, ...]], np.ndarray]  # of a parameter, the part at an index of its stacked axes
+
+
+def _part_reader(folder: Path, model: ModelConfig, metadata: Mapping[str, Any]) -> Callable[[str, int], Read]:
+    """As `_plain_reader`, part by part: (path, stacked axes) -> `Read`."""
+    if lora_of(metadata) is not None:
+        read = _plain_reader(folder, model)
+        return lambda path, stacked: read(path).__getitem__
+    shapes = parameter_shapes(model)
+
+    def parts(path: str, stacked: int) -> Read:
+        of_saved, own = parameter_reader(folder, path, stacked), tuple(slice(size) for size in shapes[path][stacked:])
+        return lambda index: of_saved(index)[own]
+
+    return parts
+
+
 def _write_weights(
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str, int], Read],
     tensors: list[Tensor],
     factors: Mapping[str, float],
     output: Path,
     dtype: str,
     shard_bytes: int,
 ) -> None:
-    by_parameter: dict[str, list[Tensor]] = {}
-    for tensor in tensors:
-        by_parameter.setdefault(tensor.map.ours, []).append(tensor)
     by_name = {tensor.name: tensor for tensor in tensors}
 
-    def load(path: str) -> np.ndarray | None:
-        return read(path) if factors.get(path, 1.0) else None
+    @functools.lru_cache(maxsize=1)  # tensors of one parameter come one after the other, and share its chunks
+    def load(path: str, stacked: int) -> Read | None:
+        return read(path, stacked) if factors.get(path, 1.0) else None
 
-    def cut(parameter: np.ndarray | None, name: str) -> np.ndarray:
+    def cut(part: Read | None, name: str) -> np.ndarray:
         tensor = by_name[name]
-        if parameter is None:
+        if part is None:
             return np.zeros(tensor.shape, FLOATS[dtype])
-        return publish(parameter, tensor, dtype, factors.get(tensor.map.ours, 1.0))
+        return publish(part(tensor.at), tensor, dtype, factors.get(tensor.map.ours, 1.0))
 
     groups = [
-        (functools.partial(load, path), [(t.name, TensorInfo(t.shape, dtype)) for t in group])
-        for path, group in by_parameter.items()
+        (functools.partial(load, t.map.ours, len(t.at)), [(t.name, TensorInfo(t.shape, dtype))]) for t in tensors
     ]
     write_safetensors(output, groups, cut, shard_bytes=shard_bytes)
 

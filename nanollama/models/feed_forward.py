@@ -52,15 +52,9 @@ def mixture_of_experts(
         stacked("expert_up", ("embed", "ffn"), (D, F), m.init_std),
         stacked("expert_down", ("ffn", "embed"), (F, D), _residual_std(m)),
     )
-    dropped_NJ = None
-    if compute.moe == "capacity":
-        y_ND, dropped_NJ = ops.capacity(
-            h_ND, routing, experts, factor=compute.moe_capacity, real_N=real_BT.reshape(-1)
-        )
-    elif compute.moe == "dense":
-        y_ND = ops.dense(h_ND, routing, experts)
-    else:
-        y_ND = ops.dropless(h_ND, routing, experts)
+    y_ND, dropped_NJ = ops.mix(
+        h_ND, routing, experts, path=compute.moe, factor=compute.moe_capacity, real_N=real_BT.reshape(-1)
+    )
     sums = ops.router_sums(routing, real_BT, dropped_NJ)
     module.sow(ROUTERS, "sums", sums, init_fn=lambda: None, reduce_fn=lambda _, new: new)
     if moe.shared_size:

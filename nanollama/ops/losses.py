@@ -5,23 +5,28 @@ Targets arrive already shifted; nothing here shifts.
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from nanollama.ops.moe import MoeSums
+
 
 class LossSums(NamedTuple):
     """Sums over tokens, float32 scalars. Only `total` carries gradients."""
 
-    total: jax.Array  # nll + z, what is minimised
+    total: jax.Array  # what is minimised: nll + z, and the routers' losses
     nll: jax.Array  # weight * -log p(target), nats
     z: jax.Array  # z_loss * weight * logsumexp^2
     weight: jax.Array
     correct: jax.Array  # weight where the target is the most likely token
+    moe: MoeSums | None = None  # of models with experts; what is minimised of it is in `total`
 
     def __add__(self, other: "LossSums") -> "LossSums":  # type: ignore[override]
-        return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
+        sums: LossSums = jax.tree.map(operator.add, self, other)
+        return sums
 
 
 def cross_entropy_reference(

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts  # what Orbax stores arrays with
 
 from nanollama.config import CheckpointConfig, ModelConfig
 from nanollama.data.files import DataError
@@ -186,16 +187,24 @@ class Checkpoints:
 
 
 class LazyArray:
-    """An array that is made when its turn to be written comes, and dropped after. For `LazyCheckpoints`."""
+    """An array whose parts are made when their turn to be written comes, and dropped after. For `LazyCheckpoints`."""
 
-    def __init__(self, read: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: Any = np.float32):
-        self.read, self.shape, self.dtype = read, shape, np.dtype(dtype)
+    def __init__(
+        self,
+        read: Callable[[tuple[int, ...]], np.ndarray],
+        shape: tuple[int, ...],
+        dtype: Any = np.float32,
+        *,
+        stacked: int = 0,
+    ):
+        """read: the part at an index of the first `stacked` axes; with 0 of them, everything."""
+        self.read, self.shape, self.dtype, self.stacked = read, shape, np.dtype(dtype), stacked
         self.ndim, self.size = len(shape), int(np.prod(shape, dtype=np.int64))
         self.nbytes = self.size * self.dtype.itemsize
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes LazyArrays as Orbax writes NumPy arrays, but one after the other."""
+    """Writes LazyArrays as Orbax writes NumPy arrays, but one part after the other."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -206,7 +215,9 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
         async with self._turn:
             if self._error is None:  # after an error the others only end, so that none is left waiting
                 try:
-                    await super()._open_and_write(value.read(), tspec, ts_context)
+                    store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+                    for index in np.ndindex(value.shape[: value.stacked]):
+                        await store[index].write(value.read(index), can_reference_source_data_indefinitely=True)
                 except Exception as error:
                     self._error = error
 
@@ -217,7 +228,7 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
 
 class LazyCheckpoints(Checkpoints):
-    """Saves trees of LazyArrays, one array in memory at a time. What it writes is read like any checkpoint."""
+    """Saves trees of LazyArrays, one part in memory at a time. What it writes is read like any checkpoint."""
 
     def __init__(self, directory: str | Path, config: CheckpointConfig):
         super().__init__(directory, dataclasses.replace(config, asynchronous=False))
@@ -231,8 +242,10 @@ class LazyCheckpoints(Checkpoints):
         }
 
     def _arguments(self, state: Any) -> ocp.args.CheckpointArgs:
-        chunks = ocp.SaveArgs(chunk_byte_size=16 << 20)  # what is compressed, and later read, at one time
-        return ocp.args.PyTreeSave(state, save_args=jax.tree.map(lambda _: chunks, state))
+        def chunks(array: LazyArray) -> ocp.SaveArgs:  # what is compressed, and later read, at one time
+            return ocp.SaveArgs(chunk_byte_size=16 << 20, shard_axes=tuple(range(array.stacked)))
+
+        return ocp.args.PyTreeSave(state, save_args=jax.tree.map(chunks, state))
 
 
 def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -272,14 +285,38 @@ def parameter_infos(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def restore_parameter(folder: str | Path, name: str) -> np.ndarray:
-    """One parameter ("layers/query") of a step folder, on the host: for what must not hold the whole model."""
-    tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-    item: Any = 0
-    for part in reversed(["params", *name.split("/")]):
-        tree, item = {part: tree}, {part: item}
-    arguments = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
-    array: np.ndarray = jax.tree.leaves(_read_arrays(Path(folder), ocp.PyTreeCheckpointHandler(), arguments))[0]
-    return array
+    """One parameter ("layers/query") of a step folder, whole, on the host."""
+    return parameter_reader(folder, name, 0)(())
+
+
+def parameter_reader(folder: str | Path, name: str, stacked: int) -> Callable[[tuple[int, ...]], np.ndarray]:
+    """Reads one parameter ("layers/query") of a step folder part by part, by an index of its first `stacked` axes.
+
+    For what must not hold the whole model. A part costs as much memory as the chunks it was saved in: those of
+    imported models are parts; training saves each device's share as one chunk, which is kept until a part outside
+    of it is asked for.
+    """
+    key = ".".join(["params", *name.split("/")])
+    store = {"driver": "ocdbt", "base": (Path(folder).absolute() / "state").as_uri() + "/", "path": key + "/"}
+    try:
+        array = ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {name} cannot be read: {error}. Is the folder whole?") from error
+    sizes = [size or 1 for size in (array.chunk_layout.read_chunk.shape or ())[:stacked]]
+    kept: dict[tuple[int, ...], np.ndarray] = {}
+
+    def read(index: tuple[int, ...]) -> np.ndarray:
+        corner = tuple(at // size * size for at, size in zip(index, sizes, strict=True))
+        if corner not in kept:
+            kept.clear()
+            ends = (min(at + size, end) for at, size, end in zip(corner, sizes, array.shape, strict=False))
+            span = tuple(slice(at, end) for at, end in zip(corner, ends, strict=True))
+            kept[corner] = np.asarray(array[span].read().result())
+        inside = tuple(at - start for at, start in zip(index, corner, strict=True))
+        part: np.ndarray = kept[corner][inside]
+        return part
+
+    return read
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:

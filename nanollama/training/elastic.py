@@ -52,7 +52,9 @@ def make_train_step(
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
     gradient_on_each = on_each_device(gradient_of(loss), mesh)
-    apply = jax.jit(functools.partial(update, optimizer=optimizer, schedule=schedule), donate_argnums=0)
+    rate = config.loss.bias_update_rate
+    step = functools.partial(update, optimizer=optimizer, schedule=schedule, bias_update_rate=rate)
+    apply = jax.jit(step, donate_argnums=0)
 
     def train_step(state: TrainState, batch: Turns) -> tuple[TrainState, Metrics]:
         if config.lora is not None and config.lora.dropout:

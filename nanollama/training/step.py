@@ -19,10 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanollama.config import Config, ConfigError
 from nanollama.data.files import DataError
-from nanollama.models.decoder import Decoder
+from nanollama.models.decoder import LAYERS, Decoder
 from nanollama.models.lora import learned, with_dropout_keys, with_learned
 from nanollama.objectives import next_token
 from nanollama.ops.losses import LossSums
+from nanollama.ops.moe import MoeSums, updated_bias
 from nanollama.parallel.mesh import BATCH_AXES, batch_sharding
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import TrainState
@@ -53,7 +54,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = with_dropout_keys(batch, config.lora, config.seed, state.step, config.batch.micro_batches)
         gradients, sums = gradient(state.params, batch)
-        return update(state, gradients, sums, optimizer, schedule)
+        return update(state, gradients, sums, optimizer, schedule, config.loss.bias_update_rate)
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -139,12 +140,13 @@ def sum_gradients(loss: Loss, params: Any, batch: Batch, micro_batches: int, sha
         gradients, sums = gradient(params, micro_batch)
         return (pinned(jax.tree.map(jnp.add, carry[0], gradients)), carry[1] + sums), None
 
-    zero = jnp.zeros((), jnp.float32)
+    micro = {key: split_rows(x_BT, micro_batches) for key, x_BT in batch.items()}
+    shapes = jax.eval_shape(loss, params, jax.tree.map(lambda x_MBT: x_MBT[0], micro))[1]
     zeros = pinned(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), learned(params)))
     (gradients, sums), _ = jax.lax.scan(
         accumulate,
-        (zeros, LossSums(zero, zero, zero, zero, zero)),
-        {key: split_rows(x_BT, micro_batches) for key, x_BT in batch.items()},
+        (zeros, jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)),
+        micro,
     )
     return gradients, sums
 
@@ -173,11 +175,13 @@ def update(
     sums: LossSums,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    bias_update_rate: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """Divide once, step the optimizer. Metrics, float32 scalars:
+    """Divide once, step the optimizer, then the selection biases (`ops.moe.updated_bias`). Metrics, float32 scalars:
 
     loss (nats per token), z_loss, total (their sum, what is minimised), accuracy, weight (loss tokens), grad_norm
-    (before clipping), update_norm, learning_rate (used for this update), finite (bool: all of these are).
+    (before clipping), update_norm, learning_rate (used for this update), finite (bool: all of these are); of models
+    with experts also those of `expert_metrics`.
     """
     gradients = jax.tree.map(lambda g: g / sums.weight, gradient_sums)
     before = learned(state.params)
@@ -193,5 +197,23 @@ def update(
         "update_norm": optax.tree.norm(updates),
         "learning_rate": schedule(state.step),
     }
+    if sums.moe is not None:
+        metrics |= expert_metrics(sums.moe, sums.weight)
+        if "router_bias" in before.get(LAYERS, {}):  # not while only adapters learn
+            bias_LE = updated_bias(params[LAYERS]["router_bias"], sums.moe.load_LE, bias_update_rate)
+            params = {**params, LAYERS: {**params[LAYERS], "router_bias": bias_LE}}
     metrics["finite"] = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def expert_metrics(sums: MoeSums, weight: jax.Array) -> Metrics:
+    """balance_loss (1 per layer when loads are even) and router_z_loss, both before their coefficients; expert_load_max
+    and expert_load_min (of any expert of any layer, as a multiple of even loads); dropped (assignments)."""
+    share_LE = sums.load_LE / jnp.maximum(sums.load_LE.mean(axis=1, keepdims=True), 1.0)
+    return {
+        "balance_loss": sums.balance / weight,
+        "router_z_loss": sums.z / weight,
+        "expert_load_max": share_LE.max(),
+        "expert_load_min": share_LE.min(),
+        "dropped": sums.dropped,
+    }
