@@ -89,9 +89,8 @@ class Run:
         """Raw shards of all datasets, of capped heads as much as is wanted so far."""
         tasks, owners = self._read_tasks()
         results: dict[str, ReadResult] = {}
-        for dataset, mine in owners:  # a head is read part by part, and no further than wanted
-            if reads_head(dataset):
-                self._read_head(dataset, [tasks[key] for key in mine], results)
+        self._read_heads({dataset.name: [tasks[key] for key in mine] for dataset, mine in owners
+                          if reads_head(dataset)}, results)
         rest = [tasks[key] for key in dict.fromkeys(key for dataset, mine in owners for key in mine)
                 if key not in results and not reads_head(tasks[key].dataset)]
         with _watched(rest, self.progress):
@@ -118,17 +117,16 @@ class Run:
                 tasks.setdefault(task.key, task)
         return tasks, owners
 
-    def _read_head(self, dataset: DatasetConfig, tasks: list[ReadTask], results: dict[str, ReadResult]) -> None:
-        left = self._wanted[dataset.name]
-        self._exhausted[dataset.name] = True
-        for task in tasks:
-            if left <= 0:
-                self._exhausted[dataset.name] = False
-                return
-            [(_, result)] = self.executor.run(read_part, [dataclasses.replace(task, wanted=left)])
-            results[task.key] = result
-            left -= sum(marker["bytes"] for marker in result.markers)
-            self._exhausted[dataset.name] = result.exhausted
+    def _read_heads(self, heads: dict[str, list[ReadTask]], results: dict[str, ReadResult]) -> None:
+        """Capped heads: each part by part and no further than wanted, all of them side by side."""
+        left = {name: self._wanted[name] for name in heads}
+        waiting = {name: list(tasks) for name, tasks in heads.items()}
+        while names := [name for name in heads if waiting[name] and left[name] > 0]:
+            tasks = [dataclasses.replace(waiting[name].pop(0), wanted=left[name]) for name in names]
+            for number, result in self.executor.run(read_part, tasks):
+                results[tasks[number].key] = result
+                left[names[number]] -= sum(marker["bytes"] for marker in result.markers)
+                self._exhausted[names[number]] = result.exhausted and not waiting[names[number]]
 
     def _tell(self, dataset: DatasetConfig, results: list[ReadResult], shards: list[Shard]) -> None:
         for text in [text for result in results for text in result.shown][:SHOWN_DROPS]:
@@ -273,13 +271,13 @@ class Run:
         kept = {Path(sidecar.path) for sidecar in sidecars} | {self.output / INDEX}
         kept |= {Path(self._rows_path(shard)) for shard in shards}
         kept |= {Path(sidecar.texts) for sidecar in sidecars if sidecar.texts}
-        folders = {Path(shard.path).parent for shard in shards}
+        kept |= {Path(shard.path).with_suffix(suffix) for shard in shards for suffix in (".parquet", ".json")}
         for root in (self.decisions, self.cache):
             for path in sorted(root.rglob("*"), reverse=True):
                 if path.is_dir():
                     with contextlib.suppress(OSError):
                         path.rmdir()
-                elif path not in kept and (path.parent not in folders or path.suffix == ".tmp"):
+                elif path not in kept:
                     path.unlink(missing_ok=True)
         shutil.rmtree(self.output / WORK, ignore_errors=True)  # of earlier versions
 

@@ -204,6 +204,20 @@ def test_a_capped_head_reads_on_until_its_filters_leave_enough(tmp_path: Path, m
     assert kept == [line for line in lines if len(line) >= 50][:len(kept)]
     assert 19_800 < sum(map(len, kept)) <= 20_000
     assert manifest["datasets"][0]["rows_in"] < 3000  # and no further than needed
+    for number in range(4):  # the same in files that are parts of their own
+        (tmp_path / f"part{number}.jsonl").write_bytes(jsonl(lines[number * 1000:number * 1000 + 1000]))
+    monkeypatch.setattr("data_pipeline.sources.files.PART_BYTES", 1)
+    parts = mixture(tmp_path / "parts.yaml", {**json.loads(config.read_text())["datasets"][0],
+                                              "source": str(tmp_path / "part*.jsonl")})
+    assert build_corpus(parts, tmp_path / "parts")["datasets"][0]["inputs"]["count"] == 4
+    assert [row["text"] for row in documents(tmp_path / "parts")] == kept
+    # what an earlier run read further, for a stricter filter, is not taken: the bytes are those of a fresh run
+    value = json.loads(config.read_text())
+    value["datasets"][0]["filters"] = []
+    config.write_text(json.dumps(value))
+    build_corpus(config, tmp_path / "out")
+    build_corpus(config, tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
 @dataclasses.dataclass(frozen=True)
