@@ -19,9 +19,10 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
     """(sum to minimise, all sums) over the batch's tokens, float32; ready for `jax.value_and_grad(has_aux=True)`.
 
     batch: tokens, targets, positions, first_key [B, T] int32; weights [B, T] float32, 0 where nothing is learned.
+    Without first_key each row is one document.
     """
     hidden_BTD, _ = decoder.apply(
-        {"params": params}, batch["tokens"], batch["positions"], batch["first_key"], rngs=dropout_rngs(batch)
+        {"params": params}, batch["tokens"], batch["positions"], batch.get("first_key"), rngs=dropout_rngs(batch)
     )
     sums = cross_entropy_sums(
         hidden_BTD,

@@ -116,6 +116,8 @@ def make_gradient(
     loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
 
     def gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
+        if not config.data.mask_documents:  # said when compiling, so that backends without documents may be used
+            batch = {key: x_BT for key, x_BT in batch.items() if key != "first_key"}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return sum_gradients(loss, params, batch, config.batch.micro_batches, shardings.params)
 
