@@ -20,6 +20,7 @@ from nanollama.config import Config, ConfigError, LoraConfig
 from nanollama.data.strict import from_mapping
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.models import lora as loras
+from nanollama.ops.rounding import widened
 from nanollama.training import state as states
 from nanollama.training.checkpoint import (
     CheckpointError,
@@ -78,7 +79,8 @@ def fresh(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -
         params = loras.with_learned(params, adapters)
     begin = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
     step = jax.device_put(np.zeros((), np.int32), shardings.step)
-    return TrainState(step, params, begin(loras.learned(params)))
+    opt_state = begin(widened(loras.learned(params)))
+    return TrainState(step, states.stored(params, config), opt_state)
 
 
 def own(state: TrainState) -> TrainState:
@@ -95,7 +97,8 @@ def resumed(
     if config.lora is not None:
         where = jax.tree.map(lambda array: array.sharding, _base(abstract.params, config))
         base = restore_whole(_find_base(metadata, checkpoints.directory, config.initial_checkpoint), where)
-        state = dataclasses.replace(state, params=loras.with_learned(base, state.params))
+        params = states.stored(loras.with_learned(base, state.params), config)
+        state = dataclasses.replace(state, params=params)
     return state, metadata
 
 
