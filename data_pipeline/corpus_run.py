@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline import account, cards, corpus_format, whole
 from data_pipeline.account import Counts
-from data_pipeline.config import DatasetConfig, MixtureConfig, mixture_mapping
+from data_pipeline.config import DatasetConfig, MixtureConfig, format_of, mixture_mapping
 from data_pipeline.curate import filter_plans, filter_task, judge_shard
 from data_pipeline.download import ReadResult, ReadTask, read_part, read_so_far, read_task, reads_head, shards_of
 from data_pipeline.materialise import DropsTask, OutputTask, plan_outputs, write_drops, write_output
@@ -215,7 +215,8 @@ class Run:
                 owners[shard.dataset].characters += int(one.characters.sum())
                 yield shard, one
 
-        return plan_outputs(facts(), self.cache / "corpus")
+        origins = any(format_of(dataset) == "docstrings" for dataset in self.datasets)
+        return plan_outputs(facts(), self.cache / "corpus", origins)
 
     def finish(self, shards: list[Shard], outputs: list[OutputTask], manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the documents, move them into place, the manifest last. The earlier corpus is whole until then."""

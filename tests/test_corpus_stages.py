@@ -237,13 +237,15 @@ def test_texts_that_filters_rewrite(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(filters.FILTERS, "shout", Shout)
     curate._made.cache_clear()
     (tmp_path / "rows.jsonl").write_bytes(jsonl(["small letters", "ALREADY LARGE", "gone soon", "Small Letters"]))
+    (tmp_path / "module.py").write_text('"""Prose that is made from code."""')
     config = mixture(tmp_path / "mix.yaml", {
         "name": "set", "source": str(tmp_path / "rows.jsonl"),
-        "filters": [{"type": "shout"}, {"type": "exact_duplicate"}, {"type": "length", "min_characters": 3}]})
+        "filters": [{"type": "shout"}, {"type": "exact_duplicate"}, {"type": "length", "min_characters": 3}]},
+        {"name": "prose", "source": str(tmp_path / "module.py"), "format": "docstrings"})
     row = build_corpus(config, tmp_path / "out")["datasets"][0]
     assert row["dropped"] == {"empty after shout": 1, "exact duplicate": 1}  # duplicates of the new text
     found = documents(tmp_path / "out")
-    assert [one["text"] for one in found] == ["SMALL LETTERS", "ALREADY LARGE"]
+    assert [one["text"] for one in found] == ["SMALL LETTERS", "ALREADY LARGE", "Prose that is made from code."]
     assert row["bytes"] == 26 and row["characters"] == 26
     assert found[0]["meta"] == {"attributes": {"letters": 13}, "derived_from": text_digest(b"small letters").hex()}
     assert found[1]["meta"] == {"attributes": {"letters": 13}}
