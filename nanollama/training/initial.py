@@ -27,13 +27,12 @@ from nanollama.training.checkpoint import (
     Checkpoints,
     check_model,
     find_step_folder,
-    parameter_infos,
     read_metadata,
-    restore_parameter,
     restore_params,
 )
 from nanollama.training.integrity import checkpoint_hash
 from nanollama.training.state import TrainState
+from nanollama.training.stored_parameters import parameter_infos, restore_parameter
 
 # What a new run may change of the model that it starts from: how far it reads. Shapes stay, so do the weights.
 CONTEXT_FIELDS = ("rope_theta", "rope_scaling", "max_position_embeddings")
@@ -146,7 +145,7 @@ def whole_parameter(folder: Path) -> Callable[[str], np.ndarray]:
 
 
 def whole_parameter_infos(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """As `checkpoint.parameter_infos`, of the plain model."""
+    """As `stored_parameters.parameter_infos`, of the plain model."""
     metadata = read_metadata(folder)
     if lora_of(metadata) is None:
         return parameter_infos(folder)
