@@ -26,9 +26,10 @@ from nanollama.generation.loading import load_model
 from nanollama.models import lora as loras
 from nanollama.parallel.mesh import make_mesh
 from nanollama.training import initial
-from nanollama.training.checkpoint import CheckpointError, find_step_folder, parameter_infos, restore_params
+from nanollama.training.checkpoint import CheckpointError, find_step_folder, restore_params
 from nanollama.training.integrity import checkpoint_hash, tree_hash
 from nanollama.training.optim import make_optimizer
+from nanollama.training.stored_parameters import parameter_infos
 
 OLD, NEW, PADDED = 400, 408, 512
 MODEL = ModelConfig(

@@ -22,14 +22,16 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
     """(sum to minimise, all sums) over the batch's tokens, float32; ready for `jax.value_and_grad(has_aux=True)`.
 
     batch: tokens, targets, positions, first_key [B, T] int32; weights [B, T] float32, 0 where nothing is learned.
+    Without first_key each row is one document.
     """
-    moe = decoder.model.moe
+    moe, first_key_BT = decoder.model.moe, batch.get("first_key")
+    real_BT = None if moe is None else batch["weights"] > 0 if first_key_BT is None else real_tokens(first_key_BT)
     (hidden_BTD, _), state = decoder.apply(
         {"params": params},
         batch["tokens"],
         batch["positions"],
-        batch["first_key"],
-        real_BT=None if moe is None else real_tokens(batch["first_key"]),
+        first_key_BT,
+        real_BT=real_BT,
         mutable=[ROUTERS],
         rngs=dropout_rngs(batch),
     )
