@@ -92,11 +92,14 @@ class Decoder(nn.Module):
         first_key_BT: jax.Array | None,
         cache: Cache | None = None,
         real_BT: jax.Array | None = None,
+        starts_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """hidden_BTD after the final norm in the compute dtype, and the cache with this call's keys written.
 
         first_key_BT: key index of the first key each query may see (`ops.masks.MaskSpec`); None promises that each row
-        is one document from its first position on. real_BT: bool, tokens that count in the routers' sums; None: all.
+        is one document from its first position on. real_BT: bool, tokens
+        that count in the routers' sums; None: all. starts_B: where in its row each begins, if these are pieces
+        (`parallel.context`).
         """
         m, dtype = self.model, jnp.dtype(self.compute.dtype)
         V, D = m.vocab_size, m.hidden_size
@@ -110,9 +113,10 @@ class Decoder(nn.Module):
         cos_BTC, sin_BTC = rope_tables(positions_BT, rotated, m.rope_theta, m.rope_scaling)
         mask = MaskSpec(
             jnp.zeros_like(tokens_BT) if first_key_BT is None else first_key_BT,
-            None if cache is None else cache.write_index,
+            starts_B if cache is None else cache.write_index,
             window=0 if m.full_attention_layers else m.sliding_window,
             documents=first_key_BT is not None,
+            pieces=starts_B is not None,
         )
         real_BT = jnp.ones(tokens_BT.shape, bool) if real_BT is None else real_BT
         context = Context(cos_BTC, sin_BTC, mask, real_BT)

@@ -14,12 +14,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from nanollama.config import ConfigError, MeshConfig
 from nanollama.data.strict import nearest
 
-AXES = ("data", "fsdp", "expert", "tensor")  # the fields of MeshConfig; neighbours along the last are nearest
+# The fields of MeshConfig; neighbours along the last are nearest.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # each device along them has its own rows
 
 # Logical axis -> mesh axes its dimension is cut over. None = whole on every device.
 RULES: dict[str, tuple[str, ...] | None] = {
-    "batch": BATCH_AXES,
+    "batch": ("context", *BATCH_AXES),  # of rows, or of the pieces that `parallel.context` cuts them into
     "length": None,
     "embed": ("fsdp",),
     "activation_embed": None,

@@ -94,14 +94,16 @@ class Connected(Team):
         with self._changed:
             self._changed.wait_for(lambda: self._ending or len(self._left) == len(self._peers), timeout=60)
             self._ending = True
+        for connection in self._peers.values():
+            connection.close()
 
     def verdict(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def _listen(self, peer: int) -> None:
         """Read what `peer` sends until it says goodbye, or is gone."""
-        with contextlib.suppress(OSError, ValueError):
-            for line in self._peers[peer].makefile("r", encoding="utf-8"):
+        with contextlib.suppress(OSError, ValueError), self._peers[peer].makefile("r", encoding="utf-8") as lines:
+            for line in lines:
                 self._heard[peer] = time.monotonic()
                 message = json.loads(line)
                 if "round" in message:
@@ -203,6 +205,8 @@ def _gather(port: int, processes: int, hello: dict[str, Any], timeout: float) ->
         with contextlib.suppress(OSError):
             connection.sendall(json.dumps({"problem": problem, "first": names[0]}).encode() + b"\n")
             connection.settimeout(None)
+        if problem:
+            connection.close()
     if problem:
         raise TeamError(problem)
     return peers, names
@@ -225,8 +229,10 @@ def _report(host: str, port: int, hello: dict[str, Any], timeout: float) -> tupl
     try:
         answer = _read_line(connection, max(deadline - time.monotonic(), 1) + 10)
     except (OSError, ValueError) as error:
+        connection.close()
         raise TeamError(f"process 0 at {host}:{port} was there, and is gone: look at its log") from error
     if answer["problem"]:
+        connection.close()
         raise TeamError(answer["problem"])
     connection.settimeout(None)
     return {0: connection}, {0: answer["first"]}
