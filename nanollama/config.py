@@ -35,7 +35,7 @@ class ComputeConfig:
         "auto", "xla_chunked", "pallas", "cudnn", "splash", "reference", "pallas_interpret", "splash_interpret"
     ] = "auto"
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at one time
-    moe: Literal["auto", "dropless", "capacity", "dense"] = "auto"  # how experts are computed; `ops.moe`
+    moe: Literal["auto", "dropless", "blocked", "capacity", "dense"] = "auto"  # how experts are computed; `ops.moe.mix`
     moe_capacity: float = 2.0  # capacity only: slots of an expert, relative to even loads; tokens beyond are dropped,
     # which changes what is computed (the count is in the metrics)
 
@@ -106,6 +106,18 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685) on a frozen model: what is trained instead of its weights."""
+
+    rank: int = 16
+    alpha: float = 32.0  # an adapter's output is scaled by alpha / rank
+    dropout: float = 0.0  # of an adapter's input, in training only
+    targets: tuple[str, ...] = ("*",)  # names of linear layers, e.g. "query"; * and ? match any
+    rank_stabilised: bool = False  # scale by alpha / sqrt(rank) instead (arXiv:2312.03732)
+    train_rows_from: int = 0  # rows of embedding and head from this id on are trained too: added tokens; 0 = none
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 on at most one axis takes all that are left."""
 
@@ -156,6 +168,8 @@ class Config:
     data: DataConfig
     batch: BatchConfig
     seed: int = 0
+    initial_checkpoint: str = ""  # run whose parameters this one starts from, at step 0; empty = random ones
+    lora: LoraConfig | None = None  # train adapters only
     determinism: Literal["same_mesh", "elastic"] = "same_mesh"
     compute: ComputeConfig = ComputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -280,7 +294,9 @@ def check(config: Config) -> None:
             "Use a divisor.",
         )
     _check_schedule(config)
+    _check_experts(config)
     _check_mesh(config)
+    _check_lora(config)
 
 
 def _check_schedule(config: Config) -> None:
@@ -300,6 +316,25 @@ def _check_schedule(config: Config) -> None:
         )
 
 
+def _check_experts(config: Config) -> None:
+    loss = config.loss
+    for name in ("balance_loss", "router_z_loss", "bias_update_rate"):
+        if getattr(loss, name) < 0:
+            raise ConfigError(f"config.loss.{name}", f"{getattr(loss, name)} is negative", "Use 0 or more.")
+    if config.model.moe is None:
+        if loss.balance_loss or loss.router_z_loss:
+            raise ConfigError("config.loss.balance_loss", "the model has no experts", "Set config.model.moe, or 0.")
+        return
+    if config.compute.moe == "capacity":
+        check_positive({"config.compute.moe_capacity": config.compute.moe_capacity})
+    if loss.balance == "batch" and loss.balance_loss and config.batch.micro_batches > 1:
+        raise ConfigError(
+            "config.loss.balance",
+            f"'batch' with micro_batches={config.batch.micro_batches}",
+            "A product of means over the batch is not the sum of its parts: use 'sequence', or one micro-batch.",
+        )
+
+
 def _check_mesh(config: Config) -> None:
     mesh = config.mesh
     sizes = dataclasses.astuple(mesh)
@@ -311,6 +346,27 @@ def _check_mesh(config: Config) -> None:
             "config.mesh",
             f"{', '.join(f'{name}={size}' for name, size in cut.items())} with determinism='elastic'",
             "Elastic mode computes whole micro-batches on one device each: set all but data to 1.",
+        )
+
+
+def _check_lora(config: Config) -> None:
+    lora, vocab_size = config.lora, config.model.vocab_size
+    if lora is None:
+        return
+    check_positive({"config.lora.rank": lora.rank, "config.lora.alpha": lora.alpha})
+    if not config.initial_checkpoint:
+        raise ConfigError(
+            "config.lora", "is set without an initial_checkpoint", "Name the run whose model the adapters are for."
+        )
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError("config.lora.dropout", f"{lora.dropout} is not in [0, 1)", "Use a fraction.")
+    if not lora.targets and not lora.train_rows_from:
+        raise ConfigError("config.lora.targets", "is empty, so nothing is trained", 'Name layers, e.g. ("query",).')
+    if not 0 <= lora.train_rows_from < vocab_size:
+        raise ConfigError(
+            "config.lora.train_rows_from",
+            f"{lora.train_rows_from} is not an id below vocab_size={vocab_size}",
+            "Give the first added token's id.",
         )
 
 

@@ -83,6 +83,7 @@ class ModelConfig:
     moe: MoeConfig | None = None  # None: a dense feed-forward everywhere
     latent: LatentConfig | None = None  # None: grouped-query attention
     tie_embeddings: bool = False
+    vocab_padding: int = 0  # rows of embedding and head past vocab_size, so that they divide; never predicted
     init_std: float = 0.02
 
 
@@ -108,7 +109,7 @@ def check_model(model: ModelConfig, where: str = "config.model") -> None:
         raise ConfigError(
             f"{where}.head_dim", f"{model.head_dim} is odd", "RoPE rotates pairs: use an even number."
         )
-    for name in ("max_position_embeddings", "sliding_window", "full_attention_layers"):
+    for name in ("max_position_embeddings", "sliding_window", "full_attention_layers", "vocab_padding"):
         if getattr(model, name) < 0:
             raise ConfigError(f"{where}.{name}", f"{getattr(model, name)} is negative", "Use 0 or more.")
     if model.full_attention_layers and not model.sliding_window:

@@ -24,17 +24,18 @@ from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
 from nanollama.experiments import run_folder
 from nanollama.models.accounting import count_parameters, flops_per_token
 from nanollama.models.decoder import Decoder
+from nanollama.models.lora import learned
 from nanollama.parallel import backend, distributed
-from nanollama.parallel.mesh import make_mesh, one_device
+from nanollama.parallel.mesh import make_mesh, one_device, process_block
 from nanollama.parallel.team import Team, TeamError
 from nanollama.planning import here
-from nanollama.training import elastic
+from nanollama.training import elastic, initial
 from nanollama.training import step as same_mesh
 from nanollama.training.checkpoint import Checkpoints
 from nanollama.training.metrics import MetricsLog, NoLog, Throughput, total_peak
 from nanollama.training.optim import make_optimizer
 from nanollama.training.samples import Sampler
-from nanollama.training.state import abstract_state, init_state, state_shardings
+from nanollama.training.state import abstract_state, state_shardings
 from nanollama.training.stop import StopSignal
 from nanollama.training.validation import Validation
 from nanollama.training.watch import NotFinite, Watch
@@ -53,14 +54,14 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
     if warning := here.check_memory(config, mesh.size):
         say(warning, flush=True)
     mixture = open_mixture(config.data, split="train", vocab_size=config.model.vocab_size)
-    hosts = dict(host=jax.process_index(), hosts=jax.process_count())
-    loader = Loader(mixture, seed=config.seed, global_batch=config.batch.global_rows, **hosts)
+    mine, blocks = process_block(mesh)  # processes that share rows (tensor, context) read the same ones
+    loader = Loader(mixture, seed=config.seed, global_batch=config.batch.global_rows, host=mine, hosts=blocks)
     read = [member.packed.dataset_id for member in mixture.sets]
     for process, other in enumerate(team.exchange(read)):
         if other != read:
             raise DataError(f"process {process} reads the packed sets {other}, process {team.process} {read}: copy the "
                             "same sets to every host, or put them where all hosts see them.")
-    decoder, optimizer = Decoder(config.model, config.compute), make_optimizer(config)
+    decoder, optimizer = Decoder(config.model, config.compute, config.lora), make_optimizer(config)
     steps, whole = (elastic, one_device(mesh)) if config.determinism == "elastic" else (same_mesh, mesh)
     validation = Validation(config, decoder, whole) if config.evaluation.every else None
     train_step = steps.make_train_step(config, decoder, optimizer, mesh, state_shardings(config, optimizer, mesh))
@@ -71,28 +72,29 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         stop = stack.enter_context(StopSignal())
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
-        start, done = 0, False
+        start, done, parent = 0, False, None
         if team.first:
             start = starting_step(workdir, checkpoints, resume)
             done = start >= config.steps and finished(workdir, start)
             if not done:
-                run_folder.prepare(workdir, config, step=start, given=given)
+                parent = None if start else initial.find_parent(config, mixture.tokenizer)
+                run_folder.prepare(workdir, config, step=start, given=given, parent=parent)
                 copy_tokenizer(config.data.tokenizer, workdir / "tokenizer")
-        start, done = team.exchange([start, done])[0]
+        start, done, parent = team.exchange([start, done, parent])[0]
         if done:
             say(f"{workdir}: done at step {start}")
             return True
         tokenizer = Tokenizer.load(workdir / "tokenizer")
 
-        # 1. The state: from the newest good checkpoint, or born sharded.
+        # 1. The state: from the newest good checkpoint, from another run's, or born sharded.
         source_tokens = np.zeros(len(loader.sources), np.int64)
         if start:
-            abstract = abstract_state(config, optimizer, mesh)
-            state, saved = checkpoints.restore(start, abstract, model=config.model)
+            state, saved = initial.resumed(checkpoints, start, config, optimizer, mesh)
             mixture.require_same(saved["mixture"], f"checkpoint {start} of {workdir}")
             source_tokens += saved["source_tokens"]
+            parent = saved.get("parent")
         else:
-            state, _ = init_state(config, optimizer, mesh)
+            state = initial.fresh(config, optimizer, mesh)
 
         # 2. What watches it.
         peak, convention = total_peak(mesh.devices.ravel().tolist(), config.compute.dtype)
@@ -106,20 +108,22 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         sampler = Sampler(config, tokenizer, whole, workdir / "samples")
         if team.processes > 1 and config.logging.sample_prompts:
             say("samples are written by runs of one process only: nanollama.generate writes them from a checkpoint")
-        metadata = {"config": as_dict(config), "tokenizer": tokenizer.sha256, "mixture": mixture.describe()}
+        metadata = {"config": as_dict(config), "tokenizer": tokenizer.sha256, "mixture": mixture.describe(),
+                    "parent": parent}
 
         # 3. The loop: dispatch a step, read the figures of the one before; save before evaluating.
         stack.enter_context(jax.transfer_guard("disallow"))
         for step, batch in zip(range(start + 1, config.steps + 1), loader.iterate(start), strict=False):
             state, scalars = train_step(state, steps.put_batch(batch.arrays, config, mesh))
             # What one process knows and all must: whether to stop, and the labels that each read.
-            known = team.exchange([stop.requested, batch.source_tokens.tolist()])
-            stopping = next((signal.Signals(number) for number, _ in known if number), None)
-            watch.dispatched(step, scalars, np.sum([tokens for _, tokens in known], axis=0))
+            known = team.exchange([stop.requested, mine, batch.source_tokens.tolist()])
+            stopping = next((signal.Signals(number) for number, _, _ in known if number), None)
+            of_blocks = {block: tokens for _, block, tokens in known}
+            watch.dispatched(step, scalars, np.sum(list(of_blocks.values()), axis=0))
             checkpoints.check()
             if stopping or step == config.steps or step % config.checkpoint.every == 0:
                 watch.catch_up()  # raises before a state that is not finite can be saved
-                checkpoints.save(step, state, {**metadata, "source_tokens": watch.source_tokens.tolist()})
+                checkpoints.save(step, initial.own(state), {**metadata, "source_tokens": watch.source_tokens.tolist()})
             if step == config.steps:
                 break
             if stopping:
@@ -174,11 +178,13 @@ def describe(config: Config) -> str:
     count = count_parameters(config.model)
     flops = flops_per_token(config.model, length).train
     tokens = rows * length * config.steps
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(learned(state.params)))
+    what = "gradients as much as the parameters" if config.lora is None else f"{trained:,} values are trained"
     return "\n".join([
         f"{config.name}: {config.model.family}, {count.total:,} parameters ({count.non_embedding:,} without the "
         "embedding)",
         f"state: parameters {size['parameters'] / 2**20:,.0f} MiB, optimizer {size['optimizer'] / 2**20:,.0f} MiB; "
-        "gradients as much as the parameters",
+        f"{what}",
         f"{config.steps:,} steps of {rows} x {length} = {tokens:,} tokens, {flops / 1e9:.3g} GFLOP each, "
         f"{flops * tokens:.3g} FLOP in all",
     ])

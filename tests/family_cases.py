@@ -20,6 +20,7 @@ from nanollama.export.weights import (
     adopt,
     check_tensors,
     nested,
+    parameter_shapes,
     publish,
     published_tensors,
 )
@@ -206,7 +207,8 @@ def load(name: str) -> Case:
     tensors = published_tensors(model, family)
     weights = Seeded(tensors)
     check_tensors(weights, tensors, model.tie_embeddings)
-    params = nested({path: read() for path, read in adopt(weights, tensors, model).items()})
+    shapes = parameter_shapes(model)
+    params = nested({path: parts.whole(shapes[path]) for path, parts in adopt(weights, tensors, model).items()})
     exported = Exported(model) if family.exported is None else family.exported(model)
     given, written = weights.arrays, tensors
     if family.exported is not None:
@@ -222,7 +224,7 @@ def _given(params: Any, tensor: Tensor, factors: Mapping[str, float]) -> np.ndar
     factor = factors.get(tensor.map.ours, 1.0)
     if not factor:
         return np.zeros(tensor.shape, np.float32)
-    return np.ascontiguousarray(publish(_at(params, tensor.map.ours), tensor, "float32", factor))
+    return np.ascontiguousarray(publish(_at(params, tensor.map.ours)[tensor.at], tensor, "float32", factor))
 
 
 def rows(layout: str, vocab_size: int) -> dict[str, np.ndarray]:
@@ -274,7 +276,7 @@ def ours(case: Case, continued: np.ndarray | None = None) -> Results:
     logits, gradients = jax.device_get(run(case.params, batch))
     real = logits[:, :LENGTH] * (batch["segment"][:, :LENGTH, None] > 0)
     by_layout = {layout: real[2 * index : 2 * index + 2] for index, layout in enumerate(LAYOUTS)}
-    by_name = {tensor.name: publish(_at(gradients, tensor.map.ours), tensor, "float32", 1 / factor)
+    by_name = {tensor.name: publish(_at(gradients, tensor.map.ours)[tensor.at], tensor, "float32", 1 / factor)
                for tensor, factor in case.compared}  # fmt: skip
     if continued is None:
         return Results(by_layout, by_name, _greedy(case, decoder))

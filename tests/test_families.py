@@ -55,6 +55,7 @@ def test_a_change_of_any_feature_is_seen() -> None:
     """The comparison above could not tell features apart that do nothing: each must move the logits."""
     yarn = load("qwen3-yarn").model.rope_scaling
     assert yarn is not None
+    changes_of_experts: list[tuple[str, dict[str, Any]]] = []
     changes: dict[str, dict[str, Any]] = {
         "llama3": dict(rope_scaling=None),
         "qwen2": dict(sliding_window=0, full_attention_layers=0),
@@ -62,7 +63,24 @@ def test_a_change_of_any_feature_is_seen() -> None:
         "qwen3-yarn": dict(rope_scaling=dataclasses.replace(yarn, attention_factor=1.0)),
         "mistral": dict(full_attention_layers=1),
     }
-    for name, change in changes.items():
+    for name, moe, latent in [
+        ("mixtral", dict(normalize=False), {}),
+        ("qwen3-moe", dict(normalize=False), {}),
+        ("deepseek-v2", dict(scale=1.0), {}),
+        ("deepseek-v2", dict(groups=1, groups_per_token=1), {}),
+        ("deepseek-v3", dict(groups=1, groups_per_token=1), {}),
+        ("deepseek-v3", {}, dict(rope_interleaved=False)),
+    ]:
+        changed = load(name).model
+        assert changed.moe is not None
+        change: dict[str, Any] = {"moe": dataclasses.replace(changed.moe, **moe)}
+        if latent and changed.latent is not None:
+            change["latent"] = dataclasses.replace(changed.latent, **latent)
+        changes_of_experts.append((name, change))
+    mscale = load("deepseek-v3").model.rope_scaling
+    assert mscale is not None
+    changes_of_experts.append(("deepseek-v3", dict(rope_scaling=dataclasses.replace(mscale, mscale_all_dim=0.0))))
+    for name, change in [*changes.items(), *changes_of_experts]:
         case, golden = load(name), np.load(GOLDEN / f"{name}.npz")
         mutant = case._replace(model=dataclasses.replace(case.model, **change))
         batch = rows("padded", case.model.vocab_size)
@@ -88,7 +106,9 @@ def published(folder: Path, name: str, *, dtype: str = "bfloat16", shard_bytes: 
 
 
 @pytest.mark.parametrize(("name", "dtype", "shard_bytes"), [
-    ("qwen2", "bfloat16", 1 << 14), ("llama3", "float16", 1 << 30), ("qwen3", "float32", 1 << 16)])  # fmt: skip
+    ("qwen2", "bfloat16", 1 << 14), ("llama3", "float16", 1 << 30), ("qwen3", "float32", 1 << 16),
+    ("mixtral", "bfloat16", 1 << 14), ("qwen2-moe", "float16", 1 << 30), ("deepseek-v3", "bfloat16", 1 << 14),
+])  # fmt: skip
 def test_round_trip_is_bit_exact(tmp_path: Path, name: str, dtype: str, shard_bytes: int) -> None:
     source = published(tmp_path / "published", name, dtype=dtype, shard_bytes=shard_bytes)
     import_model(source, tmp_path / "run", say=lambda line: None)
@@ -101,6 +121,59 @@ def test_round_trip_is_bit_exact(tmp_path: Path, name: str, dtype: str, shard_by
     again = read_config(json.loads((tmp_path / "out/config.json").read_text()), load(name).model.family, family, "out")
     assert again == load(name).model
     assert restore_numpy(tmp_path / "run")["step"] == 0
+
+
+@pytest.mark.parametrize("name", ["minimind-moe", "deepseek-moe"])
+def test_a_shared_expert_without_a_gate_is_written_as_half_of_twice_itself(tmp_path: Path, name: str) -> None:
+    """What is written is what tests/parity.py compares with transformers, to the last bit."""
+    case = load(name)
+    import_model(published(tmp_path / "published", name, dtype="float32"), tmp_path / "run", say=lambda line: None)
+    export(tmp_path / "run", tmp_path / "out")
+    written = SafetensorsDirectory(tmp_path / "out")
+    assert set(written.tensors) == set(case.given)
+    for key, array in case.given.items():
+        assert np.array_equal(written.read(key), array), key
+    first = "model.layers.1.mlp.shared_expert"
+    own = "shared_experts.0" if name == "minimind-moe" else "shared_experts"
+    assert np.array_equal(
+        written.read(f"{first}.down_proj.weight"), 2 * case.weights.arrays[f"model.layers.1.mlp.{own}.down_proj.weight"]
+    )
+    assert not written.read(f"{first}_gate.weight").any()
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen2_moe"
+
+
+def test_experts_and_layers_are_in_order() -> None:
+    """One dense layer, then experts: layer and expert numbers go where they belong."""
+    case = load("deepseek-v3")
+    up = case.weights.arrays["model.layers.1.mlp.experts.5.up_proj.weight"]
+    assert np.array_equal(case.params["layers"]["expert_up"][0, 5], up.T)
+    dense = case.weights.arrays["model.layers.0.mlp.up_proj.weight"]
+    assert np.array_equal(case.params["dense_layers"]["up"][0], dense.T)
+
+
+def test_modules_that_predict_later_tokens_are_left_out(tmp_path: Path) -> None:
+    """DeepSeek V3 carries one as a layer past its last; a tensor of any other layer is refused."""
+    source = published(tmp_path / "published", "deepseek-v3", dtype="float32")
+    rewrite(source, lambda h: h.update({"model.layers.2.eh_proj.weight": h["model.norm.weight"]}))
+    import_model(source, tmp_path / "run", say=lambda line: None)
+    rewrite(source, lambda h: h.update({"model.layers.3.eh_proj.weight": h["model.norm.weight"]}))
+    with pytest.raises(DataError, match=r"layers\.3\.eh_proj"):
+        import_model(source, tmp_path / "other", say=lambda line: None)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda h: h.pop("model.layers.1.mlp.experts.3.up_proj.weight"), r"lacks .*experts\.3\.up_proj"),
+    (lambda h: h.update({"model.layers.1.mlp.experts.4.up_proj.weight": h["model.norm.weight"]}), r"has .*experts\.4"),
+    (lambda h: h.pop("model.layers.1.mlp.gate.weight"), r"lacks model\.layers\.1\.mlp\.gate"),
+    (lambda h: h.update({"model.layers.0.mlp.gate.weight": h["model.norm.weight"]}), r"has .*0\.mlp\.gate"),
+    (lambda h: h["model.layers.1.mlp.experts.2.down_proj.weight"].update(shape=[16, 64]), r"experts\.2\.down.* shape"),
+])  # fmt: skip
+def test_experts_that_do_not_fit_are_named(tmp_path: Path, change: Any, message: str) -> None:
+    source = published(tmp_path / "published", "qwen2-moe", dtype="float32")
+    rewrite(source, change)
+    with pytest.raises(DataError, match=message):
+        import_model(source, tmp_path / "run", say=lambda line: None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_stacked_layers_are_in_order() -> None:
@@ -132,8 +205,16 @@ PUBLISHED_SIZES = {
     "qwen3-0.6b": 596_049_920,
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
+    "qwen3-1.7b": 1_720_574_976,
     "minimind-26m": 26e6,
     "minimind-104m": 104e6,
+    "minimind-145m-moe": 145e6,
+    "mixtral-8x7b": 46_702_792_704,  # arXiv:2401.04088: 47B
+    "qwen-moe": 14_315_784_192,  # its model card: 14.3B
+    "qwen3-30b-moe": 30_532_122_624,  # arXiv:2505.09388: 30.5B
+    "deepseek-moe-16b": 16_375_728_128,  # arXiv:2401.06066: 16.4B
+    "deepseek-v2-lite": 15_706_484_224,  # arXiv:2405.04434, appendix B: 15.7B
+    "deepseek-v3": 671e9,  # arXiv:2412.19437: 671B
     "nanollama-1b": 1.1e9,
 }
 
@@ -141,6 +222,18 @@ PUBLISHED_SIZES = {
 @pytest.mark.parametrize("name", PUBLISHED_SIZES)
 def test_presets_have_the_published_size(name: str) -> None:
     assert count_parameters(ModelConfig(**preset(name))).total == pytest.approx(PUBLISHED_SIZES[name], rel=0.01)
+
+
+OURS = ("llama-23m", "llama-42m", "llama-124m", "nanollama-1b", "deepseek-moe-7b")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_sizes_of_our_own_presets_suit_k_quants(name: str) -> None:
+    model = ModelConfig(**preset(name))
+    sizes = [model.hidden_size, model.intermediate_size]
+    if model.moe is not None:
+        sizes += [model.moe.expert_size, model.moe.shared_size]
+    assert not any(size % 256 for size in sizes)
 
 
 # --- configs ---
@@ -171,7 +264,21 @@ def test_presets_survive_config_json(name: str) -> None:
     ("llama2", {"num_key_value_heads": 3}, "num_kv_heads"),
     ("llama2", {"hidden_size": 64.5}, "hidden_size"),
     ("qwen2", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, "layer_types"),
-    ("minimind", {"use_moe": True}, "use_moe"),
+    ("minimind", {"use_moe": True, "scoring_func": "sigmoid"}, "scoring_func"),
+    ("minimind", {"use_moe": True, "n_shared_experts": 2}, "n_shared_experts"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+    ("mixtral", {"num_experts_per_tok": 5}, "experts_per_token"),
+    ("qwen2-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    ("qwen2-moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+    ("qwen2-moe", {"use_sliding_window": True}, "use_sliding_window"),
+    ("qwen3-moe", {"n_shared_experts": 1}, "n_shared_experts"),
+    ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+    ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method"),
+    ("deepseek-v2", {"n_group": 3}, "groups"),
+    ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func"),
+    ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
+    ("deepseek-v3", {"attention_bias": True}, "attention_bias"),
+    ("deepseek-v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
 ])  # fmt: skip
 def test_unsupported_fields_are_refused_by_name(name: str, change: dict[str, Any], field: str) -> None:
     config = CASES[name] | change
@@ -226,7 +333,34 @@ def integers(header: dict[str, Any]) -> None:
     header["model.norm.weight"]["dtype"] = "I16"
 
 
+def entry(**changes: Any) -> Any:
+    return lambda folder: rewrite(folder, lambda header: header["model.norm.weight"].update(changes))
+
+
+def json_field(name: str, **changes: Any) -> Any:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        values = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**values, **changes}))
+
+    return damage
+
+
+def too_many_ids(folder: Path) -> None:
+    from test_hub_tokenizer import byte_level
+
+    (folder / "tokenizer.json").write_bytes(byte_level(["<|end|>"]))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+
+
 DAMAGES = {
+    "vocabulary": (too_many_ids, "tokenizer has 257 ids, the model's vocab_size is 96"),
+    "architecture": (json_field("config.json", model_type="gpt_bigcode"), "'gpt_bigcode' is not supported"),
+    "field type": (json_field("config.json", rope_theta="x"), "a field has a value it cannot have"),
+    "not utf-8": (lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'), "config.json: not UTF-8 at byte 7"),
+    "entry": (entry(data_offsets=[0]), "model.norm.weight: its entry in the header is not whole"),
+    "negative": (entry(shape=[-64]), "model.norm.weight: shape .* not whole numbers"),
+    "unknown type": (entry(dtype="F8_E4M3"), "model.norm.weight is F8_E4M3"),
     "truncated": (damage_truncate, "truncated"),
     "header": (damage_header, "truncated|not JSON"),
     "missing": (lambda f: rewrite(f, lambda h: h.pop("model.layers.2.mlp.up_proj.weight")), "layers.2.mlp.up_proj"),

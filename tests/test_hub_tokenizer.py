@@ -1,5 +1,9 @@
 """tokenizer.json: frozen, read and made of SentencePiece models; chat templates in their sandbox."""
 
+import base64
+import dataclasses
+import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -149,3 +153,92 @@ def test_gguf_tokenizer_is_refused_by_its_key() -> None:
         tokenizer_json_of({**base, "tokenizer.ggml.pre": "tekken"}, "x")
     with pytest.raises(DataError, match=r"tokenizer.ggml.model is 'llama'"):
         tokenizer_json_of({**base, "tokenizer.ggml.model": "llama"}, "x")
+
+
+# --- tiktoken files ---
+
+
+def tiktoken_ids(ranks: dict[bytes, int], piece: bytes) -> list[int]:
+    """The slow twin: what tiktoken does to one piece of text."""
+    if piece in ranks:
+        return [ranks[piece]]
+    parts = [bytes([byte]) for byte in piece]
+    while True:
+        pairs = [(ranks.get(parts[i] + parts[i + 1], 1 << 30), i) for i in range(len(parts) - 1)]
+        if not pairs or min(pairs)[0] == 1 << 30:
+            return [ranks[part] for part in parts]
+        at = min(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def tiktoken_file() -> tuple[bytes, dict[bytes, int]]:
+    """300 tokens: bytes, and pieces learned by counting pairs, as such files are made."""
+    text = "the then there hello help lo low lower 日本 日 abab ababab"
+    words = [word.encode() for word in text.split()]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    texts = [[bytes([byte]) for byte in word] for word in words]
+    while len(ranks) < 300:
+        counts: dict[bytes, int] = {}
+        for text in texts:
+            for left, right in itertools.pairwise(text):
+                counts[left + right] = counts.get(left + right, 0) + 1
+        new = max((pair for pair in counts if pair not in ranks), key=lambda pair: (counts[pair], pair), default=None)
+        if new is None:
+            ranks[b"\x00" + len(ranks).to_bytes(2, "big")] = len(ranks)  # no text has it
+            continue
+        ranks[new] = len(ranks)
+        for text in texts:
+            at = 0
+            while at < len(text) - 1:
+                if text[at] + text[at + 1] == new:
+                    text[at : at + 2] = [new]
+                at += 1
+    lines = [base64.b64encode(token) + b" " + str(rank).encode() for token, rank in ranks.items()]
+    return b"\n".join(lines) + b"\n", ranks
+
+
+def test_tiktoken_files_encode_as_tiktoken_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanollama.export import tiktoken_file as files
+    from nanollama.export.import_tokenizer import import_tokenizer
+
+    data, ranks = tiktoken_file()
+    monkeypatch.setitem(files.KINDS, "llama3", dataclasses.replace(files.KINDS["llama3"], size=300))
+    (tmp_path / "small.tiktoken").write_bytes(data)
+    frozen = import_tokenizer(tmp_path / "small.tiktoken", tmp_path / "out", kind="llama3")
+    assert (frozen.vocab_size, frozen.bos_id, frozen.eos_id) == (556, 300, 301)
+    assert frozen.stop_ids == [301, 309, 308]
+    cut = frozen._plain.pre_tokenizer  # type: ignore[attr-defined]
+    for text in [*TEXTS, "the lowest thereabouts ababababa", "hellohelp 12345 日本日本", "\x00\x01"]:
+        pieces = [text.encode()[slice(*_bytes_of(text, span))] for _, span in cut.pre_tokenize_str(text)]
+        assert frozen.encode(text) == [number for piece in pieces for number in tiktoken_ids(ranks, piece)], text
+        assert frozen.decode(frozen.encode(text)) == text
+
+
+def _bytes_of(text: str, span: tuple[int, int]) -> tuple[int, int]:
+    return len(text[: span[0]].encode()), len(text[: span[1]].encode())
+
+
+def test_damaged_tiktoken_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nanollama.export.import_tokenizer import main
+
+    data, _ = tiktoken_file()
+    lines = data.splitlines()
+    for name, damaged, message in (
+        ("cut", b"\n".join(lines[:-3]), "297 ranks; llama3 has 128000"),
+        ("torn", data.replace(lines[7], b"!!! 7"), "torn:8: not a base64 token"),
+        ("twice", data + lines[3], "twice:301: a token that line 4 has too"),
+        ("gap", data.replace(lines[-1], lines[-1].replace(b" 299", b" 400")), "ranks are not 0 to 299"),
+    ):
+        (tmp_path / name).write_bytes(damaged)
+        assert main([f"--source={tmp_path / name}", f"--output={tmp_path / 'out'}", "--kind=llama3"]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(data)[:-30])
+    for arguments, message in (
+        (["cut.gz", "--kind=llama3"], "truncated or no gzip"),
+        (["torn"], "needs --kind"),
+        (["none"], "no such file"),
+    ):
+        source, *more = arguments
+        assert main([f"--source={tmp_path / source}", f"--output={tmp_path / 'out'}", *more]) == 2
+        assert message in capsys.readouterr().err

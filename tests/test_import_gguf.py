@@ -92,3 +92,14 @@ def test_bad_files_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     refused(write(tmp_path / "b.gguf", "llama2", extra={"llama.expert_count": 4}), "llama.expert_count", ConfigError)
     partly = write(tmp_path / "c.gguf", "llama2", extra={"llama.rope.dimension_count": 4})
     refused(partly, "dimension_count", ConfigError)
+    whole_name = write(tmp_path / "d.gguf", "llama2").read_bytes()
+    (tmp_path / "e.gguf").write_bytes(whole_name.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    refused(tmp_path / "e.gguf", "layers.1.mlp.up_proj.weight")
+    key = b"general.architecture" + (8).to_bytes(4, "little") + (5).to_bytes(8, "little")
+    (tmp_path / "f.gguf").write_bytes(whole_name.replace(key + b"llama", key + b"lmaca"))
+    refused(tmp_path / "f.gguf", "'lmaca' is not supported", ConfigError)
+    wrong = (64).to_bytes(8, "little") + (128).to_bytes(8, "little")
+    at = whole_name.index(b"blk.1.ffn_up.weight") + len(b"blk.1.ffn_up.weight") + 4
+    assert whole_name[at : at + 16] == wrong
+    (tmp_path / "g.gguf").write_bytes(whole_name[:at] + wrong[8:] + wrong[:8] + whole_name[at + 16 :])
+    refused(tmp_path / "g.gguf", r"layers.1.mlp.up_proj.weight has shape \[64, 128\]")

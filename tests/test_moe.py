@@ -74,10 +74,12 @@ def experts_sum(path: str, x: jax.Array, experts: Experts, logits: jax.Array, fa
     routing = route(logits, MOE)
     if path == "capacity":
         return ops.capacity(x, routing, experts, factor=factor)[0]
+    if path == "blocked":  # blocks of which some are full, some are filled up, and some are nobody's
+        return ops.blocked(x, routing, experts, rows=8)
     return {"dropless": ops.dropless, "dense": ops.dense}[path](x, routing, experts)
 
 
-@pytest.mark.parametrize("path", ["dropless", "capacity"])
+@pytest.mark.parametrize("path", ["dropless", "blocked", "capacity"])
 def test_paths_equal_the_dense_loop(path: str) -> None:
     """Outputs, and gradients to tokens, experts and router."""
 

@@ -88,7 +88,7 @@ class Training:
         program = elastic if config.determinism == "elastic" else step
         self.config, self.mesh = config, make_mesh(mesh or MeshConfig(1, 1, 1))
         self.optimizer = make_optimizer(config)
-        self.decoder = Decoder(config.model, config.compute)
+        self.decoder = Decoder(config.model, config.compute, config.lora)
         self.shardings = state_shardings(config, self.optimizer, self.mesh)
         self.step = program.make_train_step(config, self.decoder, self.optimizer, self.mesh, self.shardings)
         self.evaluate = program.make_eval_step(config, self.decoder, self.mesh, self.shardings)

@@ -33,13 +33,24 @@ class HubTokenizer(Tokenizer):
         self.manifest = manifest
         self.sha256 = manifest["sha256"]
         self.normalized_sha256 = manifest["normalized_sha256"]
-        self._markup = tokenizers.Tokenizer.from_buffer(model)
+        self._reader = tokenizers.Tokenizer.from_buffer(model)
         self._plain = tokenizers.Tokenizer.from_buffer(model)
         self._plain.encode_special_tokens = True  # "<|im_end|>" in a text is text, not the end of a turn
-        self._special = [t.content for t in self._markup.get_added_tokens_decoder().values() if t.special]
-        self.vocab_size = _vocab_size(self._markup)
+        added = self._reader.get_added_tokens_decoder()
+        self._special = {token.content: number for number, token in added.items() if token.special}
+        self.vocab_size = _vocab_size(self._reader)
         self.unk_id, self.bos_id = manifest["unk_id"], manifest["bos_id"]
         self.eos_id, self.pad_id = manifest["eos_id"], manifest["pad_id"]
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that no text is encoded to."""
+        return self._special
+
+    def token_id(self, piece: str) -> int | None:
+        """Id of a piece or special token by its name; None where the vocabulary has none."""
+        found: int | None = self._reader.token_to_id(piece)
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written in it are plain text."""
@@ -47,13 +58,7 @@ class HubTokenizer(Tokenizer):
 
     def encode_markup(self, text: str) -> list[int]:
         """Ids of `text`, in which special tokens are what they say."""
-        return self._markup.encode(text, add_special_tokens=False).ids
-
-    def without_special(self, text: str) -> str:
-        """`text` less the special tokens written in it: a person must not be able to end the model's turn."""
-        for token in self._special:
-            text = text.replace(token, "")
-        return text
+        return self._reader.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """(bos) + ids + eos of each text, as uint32 arrays. `threads` is the library's own business."""
@@ -63,11 +68,11 @@ class HubTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens give nothing, a torn UTF-8 sequence gives U+FFFD."""
-        return self._markup.decode([int(token) for token in ids], skip_special_tokens=True)
+        return self._reader.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
         """The vocabulary's own name of one id, for reports."""
-        return self._markup.id_to_token(int(token)) or f"<id {int(token)}>"
+        return self._reader.id_to_token(int(token)) or f"<id {int(token)}>"
 
 
 def freeze_tokenizer_json(
@@ -80,17 +85,15 @@ def freeze_tokenizer_json(
     stop_ids: Sequence[int] = (),
     chat_template: str | None,
     corpus: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
     """Write a tokenizer.json as a frozen tokenizer directory and load it.
 
     bos: the token that begins every text, None where there is none. pad: None takes eos (masked by weight, never
-    by id). Errors: DataError when the file cannot be read or a token is not in it.
+    by id). more: further fields of the manifest. Errors: DataError when the file cannot be read or lacks a token.
     """
     directory = Path(directory)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(model)
-    except Exception as error:  # the library raises Exception itself
-        raise DataError(f"tokenizer.json for {directory}: {error}. Download it again.") from error
+    tokenizer = open_json(model, f"tokenizer.json for {directory}")
 
     def token_id(token: str | None, what: str) -> int:
         found = None if token is None else tokenizer.token_to_id(token)
@@ -112,6 +115,7 @@ def freeze_tokenizer_json(
         "pad_id": token_id(pad or eos, "pad"),
         "stop_ids": list(stop_ids),
         "corpus": dict(corpus),
+        **(more or {}),
     }
     write_atomic(directory / MODEL_FILES["tokenizer.json"], model)
     if chat_template:
@@ -120,9 +124,17 @@ def freeze_tokenizer_json(
     return Tokenizer.load(directory)
 
 
+def open_json(model: bytes, where: str) -> "tokenizers.Tokenizer":
+    """A tokenizer.json in the library's hands. Errors: DataError when it cannot be read."""
+    try:
+        return tokenizers.Tokenizer.from_buffer(model)
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(f"{where}: {error}. Download it again.") from error
+
+
 def begins_with(model: bytes) -> str | None:
-    """The special token that a tokenizer.json puts before every text, if it does."""
-    tokenizer = tokenizers.Tokenizer.from_buffer(model)
+    """The special token that a tokenizer.json puts before every text, if it does. Errors: as `open_json`."""
+    tokenizer = open_json(model, "tokenizer.json")
     encoding = tokenizer.encode("a", add_special_tokens=True)
     return encoding.tokens[0] if encoding.special_tokens_mask[:1] == [1] else None
 

@@ -4,10 +4,12 @@ Owns the tokenizer directory (`tokenizer.model`, `manifest.json`), its check on 
 artefacts made with another tokenizer. Knows nothing of how a tokenizer is trained, of records or of models.
 """
 
+import functools
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +100,35 @@ class Tokenizer:
             raise DataError(f"{what} was made with tokenizer {sha256}, but the tokenizer in {self.directory} "
                             f"is {self.sha256}: the same ids mean other text. {mend}")
 
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that no text is encoded to: bos, eos, pad and added ones."""
+        numbers = [token for token in range(self.vocab_size) if self._processor.is_control(token)]
+        return {self.piece(token): token for token in numbers}
+
+    def token_id(self, piece: str) -> int | None:
+        """Id of a piece or special token by its name; None where the vocabulary has none."""
+        found = self._processor.piece_to_id(piece)
+        return None if found == self.unk_id and self.piece(found) != piece else found
+
     def encode_markup(self, text: str) -> list[int]:
         """As `encode`, but special tokens written out in `text` are what they say: for filled chat templates."""
-        return self.encode(text)
+        ids: list[int] = []
+        for part in self._markup.split(text):
+            special = self.special_tokens.get(part)
+            ids += self.encode(part) if special is None else [special]
+        return ids
 
     def without_special(self, text: str) -> str:
         """`text` in which nothing reads as a special token to `encode_markup`: for what people say in a template."""
+        while (fewer := self._markup.sub("", text)) != text:  # what is left may read as one again
+            text = fewer
         return text
+
+    @functools.cached_property
+    def _markup(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special tokens; `decode` gives the text back exactly."""
@@ -136,10 +160,12 @@ class Tokenizer:
 
 
 def freeze(directory: str | os.PathLike[str], model: bytes, *, algorithm: str,
-           corpus: dict[str, Any]) -> Tokenizer:
+           corpus: Mapping[str, Any], chat_template: str | None = None,
+           more: Mapping[str, Any] | None = None) -> Tokenizer:
     """Write a trained SentencePiece `model` as a frozen tokenizer directory and load it.
 
-    `algorithm` is "bpe" or "unigram", `corpus` says what it was trained on (manifest hash, sizes).
+    `algorithm` is "bpe" or "unigram", `corpus` says what it was trained on (manifest hash, sizes), `more` are
+    further fields of the manifest.
     Errors: DataError when a special token is missing from the model.
     """
     directory = Path(directory)
@@ -149,10 +175,12 @@ def freeze(directory: str | os.PathLike[str], model: bytes, *, algorithm: str,
         raise DataError(f"tokenizer for {directory}: lacks special tokens: {specials}. Train it with unk, "
                         "bos, eos and pad ids of 0 or above.")
     write_atomic(directory / MODEL_FILE, model)
+    if chat_template:
+        write_atomic(directory / CHAT_TEMPLATE_FILE, chat_template)
     write_json(directory / MANIFEST_FILE, {
         "kind": "sentencepiece", "algorithm": algorithm, "sha256": hashlib.sha256(model).hexdigest(),
         "normalized_sha256": normalized_sha256(model), "vocab_size": processor.vocab_size(), **specials,
-        "corpus": corpus})
+        "corpus": dict(corpus), **(more or {})})
     return Tokenizer.load(directory)
 
 

@@ -18,7 +18,8 @@ from nanollama.experiments import lineage as lineages
 
 # A resumed run may change how far it goes, what it writes, and how fast the same function is computed. What
 # it learns from and what it learns into stay; paths may move, for the data in them is compared by its hashes.
-MAY_CHANGE = ("name", "steps", "logging.*", "checkpoint.*", "evaluation.*", "mesh.*", "batch.micro_batches",
+MAY_CHANGE = ("name", "steps", "initial_checkpoint",
+              "logging.*", "checkpoint.*", "evaluation.*", "mesh.*", "batch.micro_batches",
               "compute.remat", "compute.scan_unroll", "compute.attention", "compute.loss_chunk_tokens",
               "data.threads", "data.tokenizer", "data.sets[*].path", "data.sets[*].recipe")
 # In elastic mode micro-batches fix the order of every sum, so they are part of what the run computes.

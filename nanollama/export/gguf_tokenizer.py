@@ -9,11 +9,11 @@ from nanollama.data.strict import nearest
 
 _CONTROL, _USER_DEFINED = 3, 4  # token_type
 # How text is cut before merging, by tokenizer.ggml.pre: the expressions are part of the published tokenizers.
-_LLAMA3 = (
+LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _DIGITS = {"type": "Digits", "individual_digits": True}
 
 
@@ -21,7 +21,8 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
-def _split(expression: str) -> list[dict[str, Any]]:
+def split_steps(expression: str) -> list[dict[str, Any]]:
+    """Pre-tokenizers that cut a text into the matches of `expression`, as bytes."""
     split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
     return [split, _byte_level(False)]
 
@@ -29,8 +30,8 @@ def _split(expression: str) -> list[dict[str, Any]]:
 _STEPS = {
     "smollm": [_DIGITS, _byte_level(True)],
     "gpt-2": [_byte_level(True)],
-    "llama-bpe": _split(_LLAMA3),
-    "qwen2": _split(_QWEN2),
+    "llama-bpe": split_steps(LLAMA3),
+    "qwen2": split_steps(QWEN2),
 }
 
 

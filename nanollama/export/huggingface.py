@@ -10,7 +10,7 @@ import functools
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,32 @@ from nanollama.data.files import DataError, read_json, write_atomic, write_json
 from nanollama.data.strict import from_mapping, nearest
 from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, MODEL_FILES, Tokenizer
 from nanollama.export.model_card import model_card
+from nanollama.export.peft import require_adapter, write_adapter
 from nanollama.export.safetensors_file import write_safetensors
 from nanollama.export.tokenizer_json import tokenizer_json
-from nanollama.export.weights import FLOATS, Tensor, TensorInfo, publish, published_tensors
+from nanollama.export.weights import FLOATS, Tensor, TensorInfo, parameter_shapes, publish, published_tensors
 from nanollama.models.families import FAMILIES
 from nanollama.models.families.published import Exported, write_config
-from nanollama.training.checkpoint import find_step_folder, parameter_infos, read_metadata, restore_parameter
+from nanollama.training.checkpoint import find_step_folder, parameter_reader, read_metadata
+from nanollama.training.initial import lora_of, whole_parameter, whole_parameter_infos
 
 _DEFAULT_LENGTH = 2048  # where neither the model nor the run says how long a text may be
 
 
-def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "", shard_bytes: int = 5 << 30) -> Path:
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "",
+    shard_bytes: int = 5 << 30,
+    adapter: bool = False,
+) -> Path:
     """Write the published form of a run's newest good checkpoint to `output`, which must not exist.
 
     dtype: of the weights; "" keeps that of the weights it was imported from, else float32 (the same logits).
-    One parameter at a time is in memory. Errors: DataError and ConfigError, before `output` exists.
+    adapter: of a run of adapters, these alone, as the peft package stores them; else they are merged.
+    One tensor at a time is in memory, or one chunk of the checkpoint (`training.checkpoint.parameter_reader`); of a
+    run of adapters one parameter. Errors: DataError and ConfigError, before `output` exists.
     """
     output = Path(output)
     if output.exists() and any(output.iterdir()):
@@ -54,14 +65,19 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "", shard
         raise DataError(f"{run}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: damaged.")
     tensors = published_tensors(model, family)
     _check_parameters(folder, tensors, factors)
-
+    lora, parent = lora_of(metadata), metadata.get("parent") or {}
     staged = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        _write_weights(folder, tensors, factors, staged, dtype, shard_bytes)
+        if adapter:
+            lora, read = require_adapter(lora, folder), _plain_reader(folder, model)
+            write_adapter(folder, staged, model, family, lora, parent.get("path", ""), read, dtype)
+        else:
+            _write_weights(_part_reader(folder, model, metadata), tensors, factors, staged, dtype, shard_bytes)
         ids = _write_tokenizer(tokenizer, staged, model) if tokenizer is not None else {}
-        write_json(staged / "config.json", {**config, "torch_dtype": dtype, **ids})
-        write_json(staged / "generation_config.json", {"_from_model_config": True, **ids})
+        if not adapter:
+            write_json(staged / "config.json", {**config, "torch_dtype": dtype, **ids})
+            write_json(staged / "generation_config.json", {"_from_model_config": True, **ids})
         results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
         write_atomic(staged / "README.md", model_card(model, metadata, results, dtype, tokenizer))
         if output.exists():
@@ -80,12 +96,13 @@ def _exported(metadata: dict[str, Any]) -> Exported:
     if not model.max_position_embeddings:
         length = config.get("data", {}).get("sequence_length", _DEFAULT_LENGTH)
         model = dataclasses.replace(model, max_position_embeddings=length)
+    model = dataclasses.replace(model, vocab_padding=0)  # what pads the vocabulary is ours alone
     rewrite = FAMILIES[model.family].exported
     return Exported(model) if rewrite is None else rewrite(model)
 
 
 def _check_parameters(folder: Path, tensors: list[Tensor], factors: Mapping[str, float]) -> None:
-    saved = set(parameter_infos(folder))
+    saved = set(whole_parameter_infos(folder))
     needed = {tensor.map.ours for tensor in tensors if factors.get(tensor.map.ours, 1.0)}
     if saved != needed:
         raise DataError(
@@ -94,26 +111,51 @@ def _check_parameters(folder: Path, tensors: list[Tensor], factors: Mapping[str,
         )
 
 
+def _plain_reader(folder: Path, model: ModelConfig) -> Callable[[str], np.ndarray]:
+    """Reads a parameter by its path, adapters merged, without the rows that pad the vocabulary."""
+    read, shapes = whole_parameter(folder), parameter_shapes(model)
+    return lambda path: read(path)[tuple(slice(size) for size in shapes[path])]
+
+
+Read = Callable[[tuple[int, ...]], np.ndarray]  # of a parameter, the part at an index of its stacked axes
+
+
+def _part_reader(folder: Path, model: ModelConfig, metadata: Mapping[str, Any]) -> Callable[[str, int], Read]:
+    """As `_plain_reader`, part by part: (path, stacked axes) -> `Read`."""
+    if lora_of(metadata) is not None:
+        read = _plain_reader(folder, model)
+        return lambda path, stacked: read(path).__getitem__
+    shapes = parameter_shapes(model)
+
+    def parts(path: str, stacked: int) -> Read:
+        of_saved, own = parameter_reader(folder, path, stacked), tuple(slice(size) for size in shapes[path][stacked:])
+        return lambda index: of_saved(index)[own]
+
+    return parts
+
+
 def _write_weights(
-    folder: Path, tensors: list[Tensor], factors: Mapping[str, float], output: Path, dtype: str, shard_bytes: int
+    read: Callable[[str, int], Read],
+    tensors: list[Tensor],
+    factors: Mapping[str, float],
+    output: Path,
+    dtype: str,
+    shard_bytes: int,
 ) -> None:
-    by_parameter: dict[str, list[Tensor]] = {}
-    for tensor in tensors:
-        by_parameter.setdefault(tensor.map.ours, []).append(tensor)
     by_name = {tensor.name: tensor for tensor in tensors}
 
-    def load(path: str) -> np.ndarray | None:
-        return restore_parameter(folder, path) if factors.get(path, 1.0) else None
+    @functools.lru_cache(maxsize=1)  # tensors of one parameter come one after the other, and share its chunks
+    def load(path: str, stacked: int) -> Read | None:
+        return read(path, stacked) if factors.get(path, 1.0) else None
 
-    def cut(parameter: np.ndarray | None, name: str) -> np.ndarray:
+    def cut(part: Read | None, name: str) -> np.ndarray:
         tensor = by_name[name]
-        if parameter is None:
+        if part is None:
             return np.zeros(tensor.shape, FLOATS[dtype])
-        return publish(parameter, tensor, dtype, factors.get(tensor.map.ours, 1.0))
+        return publish(part(tensor.at), tensor, dtype, factors.get(tensor.map.ours, 1.0))
 
     groups = [
-        (functools.partial(load, path), [(t.name, TensorInfo(t.shape, dtype)) for t in group])
-        for path, group in by_parameter.items()
+        (functools.partial(load, t.map.ours, len(t.at)), [(t.name, TensorInfo(t.shape, dtype))]) for t in tensors
     ]
     write_safetensors(output, groups, cut, shard_bytes=shard_bytes)
 
@@ -149,19 +191,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder or one step's folder")
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", default="", choices=["", *FLOATS], help="default: as imported, else float32")
+    parser.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapters alone, for peft")
     parser.add_argument("--shard_gigabytes", type=float, default=5.0, help="weights are cut into files of this size")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
     try:
         output = export(
-            options.checkpoint, options.output, dtype=options.dtype, shard_bytes=int(options.shard_gigabytes * 1e9)
+            options.checkpoint,
+            options.output,
+            dtype=options.dtype,
+            shard_bytes=int(options.shard_gigabytes * 1e9),
+            adapter=options.adapter,
         )
     except (DataError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(f"{output}: {size / 1e6:,.1f} MB in {time.perf_counter() - begin:.1f} s. Load it with transformers:")
-    print(f"  AutoModelForCausalLM.from_pretrained({str(output)!r})")
+    library, call = ("peft", "PeftModel.from_pretrained(base, ") if options.adapter else (
+        "transformers", "AutoModelForCausalLM.from_pretrained(")  # fmt: skip
+    print(f"{output}: {size / 1e6:,.1f} MB in {time.perf_counter() - begin:.1f} s. Load it with {library}:")
+    print(f"  {call}{str(output)!r})")
     return 0
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import sentencepiece
 
-from nanollama.config import ConfigError
+from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.files import DataError, read_json, sha256_file
 from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, Tokenizer, freeze
 from nanollama.export.imported import write_run
 from nanollama.export.safetensors_file import SafetensorsDirectory, metadata_of
 from nanollama.export.tokenizer_json import tokenizer_json
-from nanollama.export.weights import published_tensors
+from nanollama.export.weights import Tensor, published_tensors
 from nanollama.models.families import family_of
-from nanollama.models.families.published import read_config
+from nanollama.models.families.published import Family, read_config
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -35,12 +35,12 @@ def import_model(source: str | Path, output: str | Path, say: Callable[[str], No
     if not config_file.is_file():
         raise DataError(f"{config_file}: no such file. --source is a folder that transformers wrote or downloaded.")
     config = read_json(config_file)
+    if not isinstance(config, dict):
+        raise DataError(f"{config_file}: is no table of fields. Restore it.")
     if "model_type" not in config:
         raise ConfigError(f"{config_file}: model_type", "is missing", "Restore the config.json.")
-    name, family = family_of(config["model_type"], str(config_file))
-    model = read_config(config, name, family, str(config_file))
+    model, family, tensors = _architecture(config, str(config_file))
     weights = SafetensorsDirectory(source)
-    tensors = published_tensors(model, family)
     lineage = {
         "source": source.name,
         "format": "huggingface",
@@ -56,6 +56,18 @@ def import_model(source: str | Path, output: str | Path, say: Callable[[str], No
                      left_out=family.left_out(model))  # fmt: skip
 
 
+def _architecture(config: dict[str, Any], where: str) -> tuple[ModelConfig, Family, list[Tensor]]:
+    """The model that a config.json describes, and its tensors. Errors: ConfigError and DataError."""
+    try:
+        name, family = family_of(config["model_type"], where)
+        model = read_config(config, name, family, where)
+        return model, family, published_tensors(model, family)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"{where}: a field has a value it cannot have ({error}). Restore the config.json.") from error
+
+
 def freeze_published(source: Path, folder: Path) -> Tokenizer:
     """The tokenizer of `source`, frozen in `folder`.
 
@@ -63,6 +75,8 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
     from the SentencePiece model. Errors: DataError.
     """
     settings = read_json(source / TOKENIZER_CONFIG) if (source / TOKENIZER_CONFIG).is_file() else {}
+    if not isinstance(settings, dict):
+        raise DataError(f"{source / TOKENIZER_CONFIG}: is no table of fields. Restore it.")
     corpus = {"published_with": source.name}
     model = (source / MODEL_FILE).read_bytes() if (source / MODEL_FILE).is_file() else b""
     file = (source / TOKENIZER_FILE).read_bytes() if (source / TOKENIZER_FILE).is_file() else b""
@@ -70,7 +84,14 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         complete = min(processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id()) >= 0
         if complete and (not file or _size(file) == processor.vocab_size()):
-            return freeze(folder, model, algorithm=settings.get("algorithm", "published"), corpus=corpus)
+            return freeze(
+                folder,
+                model,
+                algorithm=settings.get("algorithm", "published"),
+                corpus=corpus,
+                chat_template=_chat_template(source, settings),
+                more={"stop_ids": _stop_ids(source)},
+            )
         file = file or tokenizer_json(model, add_bos=True)
     if not file:
         raise DataError(f"{source / MODEL_FILE}: not a SentencePiece model. Add the model's {TOKENIZER_FILE}.")
@@ -80,7 +101,6 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
     eos = _token(settings.get("eos_token")) or (_piece(file, stops[0]) if stops else None)
     if eos is None:
         raise DataError(f"{source / TOKENIZER_CONFIG}: names no eos_token, so no answer would ever end. Add it.")
-    template = source / CHAT_TEMPLATE_FILE
     return freeze_tokenizer_json(
         folder,
         file,
@@ -88,7 +108,7 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
         eos=eos,
         pad=_token(settings.get("pad_token")),
         stop_ids=stops,
-        chat_template=template.read_text(encoding="utf-8") if template.is_file() else _template(settings),
+        chat_template=_chat_template(source, settings),
         corpus=corpus,
     )
 
@@ -111,23 +131,35 @@ def _piece(file: bytes, number: int) -> str | None:
 
 
 def _token(value: Any) -> str | None:
-    return value["content"] if isinstance(value, dict) else value
+    """A token's text: given so, or as a table with its content."""
+    found = value.get("content") if isinstance(value, dict) else value
+    if found is not None and not isinstance(found, str):
+        raise DataError(f"{TOKENIZER_CONFIG}: {value!r} is no token. Restore the file.")
+    return found
 
 
-def _template(settings: dict[str, Any]) -> str | None:
-    """chat_template is a text, or a list of named ones."""
+def _chat_template(source: Path, settings: dict[str, Any]) -> str | None:
+    """Of a file of its own, or of tokenizer_config.json: a text, or a list of named ones."""
+    if (source / CHAT_TEMPLATE_FILE).is_file():
+        return (source / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
     found = settings.get("chat_template")
     if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        return named.get("default")
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise DataError(f"{source / TOKENIZER_CONFIG}: chat_template is no text. Restore the file.")
     return found
 
 
 def _stop_ids(source: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        found = read_json(source / name).get("eos_token_id") if (source / name).is_file() else None
+        settings = read_json(source / name) if (source / name).is_file() else {}
+        found = settings.get("eos_token_id") if isinstance(settings, dict) else None
         if found is not None:
-            return found if isinstance(found, list) else [found]
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(number) is int and number >= 0 for number in ids):
+                raise DataError(f"{source / name}: eos_token_id {found!r} is no id. Restore the file.")
+            return ids
     return []
 
 

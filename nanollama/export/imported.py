@@ -23,7 +23,7 @@ from nanollama.config import (
 )
 from nanollama.data.files import DataError, Lock, write_json
 from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
-from nanollama.export.weights import Source, Tensor, adopt, check_tensors, nested, parameter_shapes
+from nanollama.export.weights import Parts, Source, Tensor, adopt, check_tensors, nested, parameter_shapes
 from nanollama.models.accounting import count_parameters
 from nanollama.training.checkpoint import LazyArray, LazyCheckpoints
 
@@ -39,26 +39,52 @@ def write_run(
     left_out: str = "",
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Check, convert and save; returns the run folder. One parameter at a time is in memory.
+    """Check, convert and save; returns the run folder. One published tensor at a time is in memory.
 
     make_tokenizer: freezes the published tokenizer in the folder it is given; None: there is none to import.
     left_out: pattern of the published tensors that are not read.
     Errors: DataError and ConfigError, before anything is written to `output`.
     """
     output = Path(output)
-    if (output / "checkpoints").is_dir() and any((output / "checkpoints").iterdir()):
-        raise DataError(f"{output}: holds a run already. Choose another --output, or delete it.")
+    check_free(output)
     check_tensors(source, tensors, model.tie_embeddings, left_out)
-    staged, fresh = output.with_name(f".{output.name}.tokenizer"), not output.exists()
+    staged = output.with_name(f".{output.name}.tokenizer")
     try:
         tokenizer = None if make_tokenizer is None else make_tokenizer(staged)
         if tokenizer is not None:
             _check_vocabulary(model, tokenizer, source.where)
+        return save_run(output, model, adopt(source, tensors, model), lineage=lineage, tokenizer=tokenizer, say=say)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_free(output: Path) -> None:
+    """Errors: DataError when `output` holds a run."""
+    if (output / "checkpoints").is_dir() and any((output / "checkpoints").iterdir()):
+        raise DataError(f"{output}: holds a run already. Choose another --output, or delete it.")
+
+
+def save_run(
+    output: Path,
+    model: ModelConfig,
+    readers: Mapping[str, Parts | Callable[[], np.ndarray]],
+    *,
+    lineage: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write a run folder at step 0; `readers` gives each parameter whole, or in parts; one at a time is in memory.
+
+    Errors: DataError; a folder that was not there before is not there after.
+    """
+    check_free(output)
+    fresh = not output.exists()
+    try:
         with Lock(output):
             if tokenizer is not None:
-                copy_tokenizer(staged, output / "tokenizer")
+                copy_tokenizer(tokenizer.directory, output / "tokenizer")
             config = as_dict(_config(output.name, model))
-            _save(output, model, source, tensors, {
+            _save(output, model, readers, {
                 "config": config,
                 "lineage": dict(lineage),
                 "tokenizer": tokenizer.sha256 if tokenizer is not None else "",
@@ -69,8 +95,6 @@ def write_run(
         if fresh:
             shutil.rmtree(output, ignore_errors=True)
         raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return output
 
 
@@ -87,15 +111,17 @@ def _config(name: str, model: ModelConfig) -> Config:
 def _save(
     output: Path,
     model: ModelConfig,
-    source: Source,
-    tensors: list[Tensor],
+    readers: Mapping[str, Parts | Callable[[], np.ndarray]],
     metadata: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
     shapes, begin = parameter_shapes(model), time.perf_counter()
-    readers = adopt(source, tensors, model)
-    params = {path: LazyArray(_checked(path, readers[path]), shapes[path]) for path in sorted(shapes)}
-    step = LazyArray(lambda: np.zeros((), np.int32), (), np.int32)
+    parts = {path: read if isinstance(read, Parts) else Parts.of(read) for path, read in readers.items()}
+    params = {
+        path: LazyArray(_checked(path, parts[path].read), shapes[path], stacked=parts[path].stacked)
+        for path in sorted(shapes)
+    }
+    step = LazyArray(lambda index: np.zeros((), np.int32), (), np.int32)
     checkpoints = LazyCheckpoints(output / "checkpoints", CheckpointConfig())
     try:
         checkpoints.save(0, {"params": nested(params), "step": step}, metadata)
@@ -107,9 +133,12 @@ def _save(
     )
 
 
-def _checked(path: str, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-    def checked() -> np.ndarray:
-        array = read()
+Read = Callable[[tuple[int, ...]], np.ndarray]
+
+
+def _checked(path: str, read: Read) -> Read:
+    def checked(index: tuple[int, ...]) -> np.ndarray:
+        array = read(index)
         if not np.isfinite(array.min()) or not np.isfinite(array.max()):  # no copy, unlike isfinite(array)
             raise DataError(f"{path}: holds NaN or infinite values. The weights are damaged: download them again.")
         return array

@@ -48,6 +48,7 @@ def model_card(
             f"{config.get('steps')} steps of {batch.get('global_rows')} rows of {data.get('sequence_length')} tokens, "
             f"seed {config.get('seed')}.",
         ]
+    lines += _beginning(metadata)
     if lineage:
         lines += ["", "## Where it is from", ""]
         lines += [f"- {name}: {value}" for name, value in lineage.items() if isinstance(value, (str, int, float))]
@@ -55,6 +56,18 @@ def model_card(
     if figures:
         lines += ["", "## Measured", "", "| what | value |", "|---|---|", *figures]
     return "\n".join(lines) + "\n"
+
+
+def _beginning(metadata: Mapping[str, Any]) -> list[str]:
+    """What the run started from, and what of it was trained."""
+    parent, lora = metadata.get("parent"), metadata["config"].get("lora")
+    if not parent:
+        return []
+    lines = ["", f"Started from step {parent['step']} of another run (SHA-256 `{parent['hash']}`)."]
+    if lora:
+        targets = ", ".join(lora["targets"])
+        lines.append(f"Trained were low-rank adapters (rank {lora['rank']}, alpha {lora['alpha']:g}) of {targets}.")
+    return lines
 
 
 def _figures(results: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -44,7 +44,7 @@ class SafetensorsDirectory:
         self._places: dict[str, tuple[Path, int]] = {}
         index = self.directory / INDEX_FILE
         if index.is_file():
-            of_tensor: dict[str, str] = read_json(index)["weight_map"]
+            of_tensor = _weight_map(index)
             for name in sorted(set(of_tensor.values())):
                 self._open(self.directory / name)
             lost = sorted(set(of_tensor) - set(self.tensors))
@@ -67,6 +67,15 @@ class SafetensorsDirectory:
             self.tensors[name], self._places[name] = info, (path, offset)
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """File of each tensor. Errors: DataError when the index is no such table, or leaves its folder."""
+    found = read_json(index)
+    table = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(table, dict) or not all(isinstance(name, str) and "/" not in name for name in table.values()):
+        raise DataError(f"{index}: has no weight_map of tensors to files beside it: damaged. {_MEND}")
+    return table
+
+
 def _read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
     """(info, offset in the file) of each tensor, checked against the size of the file."""
     if not path.is_file():
@@ -81,20 +90,34 @@ def _read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
             header: dict[str, Any] = json.loads(file.read(length))
         except ValueError as error:
             raise DataError(f"{path}: the header is not JSON: damaged, or not safetensors. {_MEND}") from error
+    if not isinstance(header, dict):
+        raise DataError(f"{path}: the header is no table of tensors: damaged, or not safetensors. {_MEND}")
     found = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _TYPES:
-            raise DataError(f"{path}: {name} is {entry['dtype']}; known: {', '.join(_TYPES)}. Convert it first.")
-        info = TensorInfo(tuple(entry["shape"]), _TYPES[entry["dtype"]].name)
-        begin, end = entry["data_offsets"]
-        if end - begin != _bytes(info):
-            raise DataError(f"{path}: {name} has {end - begin} bytes, its shape needs {_bytes(info)}: damaged. {_MEND}")
-        if begin < 0 or 8 + length + end > size:
-            raise DataError(f"{path}: truncated: {name} ends at byte {8 + length + end}, the file at {size}. {_MEND}")
-        found[name] = (info, 8 + length + begin)
+        if name != "__metadata__":
+            info, begin, end = _read_entry(entry, f"{path}: {name}")
+            last = 8 + length + end
+            if last > size:
+                raise DataError(f"{path}: truncated: {name} ends at byte {last}, the file at {size}. {_MEND}")
+            found[name] = (info, 8 + length + begin)
     return found
+
+
+def _read_entry(entry: Any, where: str) -> tuple[TensorInfo, int, int]:
+    """(info, first byte, byte after the last) of what the header says of one tensor."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{where}: its entry in the header is not whole: {entry!r}: damaged. {_MEND}") from error
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise DataError(f"{where}: shape {shape!r} or bytes {begin!r} to {end!r} are not whole numbers. {_MEND}")
+    if dtype not in _TYPES:
+        raise DataError(f"{where} is {dtype}; known: {', '.join(_TYPES)}. Convert it first.")
+    info = TensorInfo(tuple(shape), _TYPES[dtype].name)
+    if end - begin != _bytes(info):
+        raise DataError(f"{where} has {end - begin} bytes, its shape needs {_bytes(info)}: damaged. {_MEND}")
+    return info, begin, end
 
 
 def write_safetensors(
@@ -103,8 +126,11 @@ def write_safetensors(
     cut: Callable[[Any, str], np.ndarray],
     *,
     shard_bytes: int,
+    single: str = SINGLE_FILE,
 ) -> list[Path]:
     """Write tensors as one file, or as shards of about `shard_bytes` with an index; returns the files.
+
+    single: the name of the file where there is only one.
 
     groups: (load, [(name, info)]): `load()` is called when the first tensor of its group is due, and its result
     handed to `cut(loaded, name)` for each; so no more than one group is in memory. A group is never in two files.
@@ -115,8 +141,7 @@ def write_safetensors(
     of_tensor: dict[str, str] = {}
     paths = []
     for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        name = SINGLE_FILE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / name, shard, cut)
         of_tensor |= {tensor: name for _, tensors in shard for tensor, _ in tensors}
         paths.append(directory / name)

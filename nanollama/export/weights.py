@@ -128,33 +128,48 @@ def _is_derived(name: str, tied: bool) -> bool:
     return (tied and name in ("lm_head.weight", "output.weight")) or name.endswith("rotary_emb.inv_freq")
 
 
-def adopt(source: Source, expected: list[Tensor], model: ModelConfig) -> dict[str, Callable[[], np.ndarray]]:
-    """A function for each parameter of ours that reads it, float32; nothing is read before one is called."""
-    shapes = parameter_shapes(model)
-    groups: dict[str, list[Tensor]] = {}
-    for tensor in expected:
-        groups.setdefault(tensor.map.ours, []).append(tensor)
+class Parts(NamedTuple):
+    """One of our parameters, as parts that are published tensors."""
 
-    def reader(path: str, tensors: list[Tensor]) -> Callable[[], np.ndarray]:
-        return lambda: _read_parameter(source, tensors, shapes[path])
+    read: Callable[[tuple[int, ...]], np.ndarray]  # the part at an index of the first `stacked` axes, float32
+    stacked: int
+
+    @classmethod
+    def of(cls, read: Callable[[], np.ndarray]) -> "Parts":
+        """One part: the whole parameter."""
+        return cls(lambda index: read(), 0)
+
+    def whole(self, shape: tuple[int, ...]) -> np.ndarray:
+        """All parts together."""
+        parameter = np.empty(shape, np.float32)
+        for index in np.ndindex(shape[: self.stacked]):
+            parameter[index] = self.read(index)
+        return parameter
+
+
+def adopt(source: Source, expected: list[Tensor], model: ModelConfig) -> dict[str, Parts]:
+    """How each parameter of ours is read; nothing is read before a part is asked for."""
+    shapes = parameter_shapes(model)
+    groups: dict[str, dict[tuple[int, ...], Tensor]] = {}
+    for tensor in expected:
+        groups.setdefault(tensor.map.ours, {})[tensor.at] = tensor
+
+    def reader(path: str, tensors: dict[tuple[int, ...], Tensor]) -> Parts:
+        stacked = len(next(iter(tensors)))
+        return Parts(lambda index: _adopted(source, tensors[index], shapes[path][stacked:]), stacked)
 
     return {path: reader(path, tensors) for path, tensors in groups.items()}
 
 
-def _read_parameter(source: Source, tensors: list[Tensor], shape: tuple[int, ...]) -> np.ndarray:
-    parameter = np.empty(shape, np.float32)
-    for tensor in tensors:
-        published = source.read(tensor.name)
-        own = parameter[tensor.at]
-        own[...] = (published.T if tensor.map.inputs else published).reshape(own.shape)
-    return parameter
+def _adopted(source: Source, tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    published = source.read(tensor.name)
+    own = published.T if tensor.map.inputs else published
+    return np.ascontiguousarray(own, np.float32).reshape(shape)
 
 
-def publish(parameter: np.ndarray, tensor: Tensor, dtype: str, factor: float = 1.0) -> np.ndarray:
-    """The published tensor out of our whole parameter, times `factor`, rounded to nearest."""
-    own = parameter[tensor.at]
-    if factor != 1.0:
-        own = own * np.float32(factor)
+def publish(part: np.ndarray, tensor: Tensor, dtype: str, factor: float = 1.0) -> np.ndarray:
+    """The published tensor out of the part of our parameter at `tensor.at`, times `factor`, rounded to nearest."""
+    own = part if factor == 1.0 else part * np.float32(factor)
     if tensor.map.inputs:
         outputs, inputs = tensor.shape
         return np.ascontiguousarray(own.reshape(inputs, outputs).T.astype(FLOATS[dtype]))

@@ -140,6 +140,7 @@ def _write(
 ) -> tuple[State, jax.Array, jax.Array]:
     """Choose the next token of each row; rows that were done before get NOTHING."""
     logits_BV = jnp.dot(hidden_BD, head(params).astype(hidden_BD.dtype), preferred_element_type=jnp.float32)
+    logits_BV = logits_BV[:, : program.decoder.model.vocab_size]  # the rest pads the head
     token_B, log_prob_B = sample(logits_BV, plan.rows, state.made, vocabulary=program.vocabulary)
     made = state.made + 1
     done_B = state.done_B | jnp.any(token_B[:, None] == plan.stop_S, axis=1) | (made >= plan.limit_B)

@@ -3,13 +3,15 @@
 Owns finding the tokenizer beside a checkpoint and refusing another one. Knows nothing of sampling or scoring.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanollama.config import Config, resolve
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.models.decoder import Params
-from nanollama.training.checkpoint import find_step_folder, restore_params
+from nanollama.training.checkpoint import find_step_folder, read_metadata
+from nanollama.training.initial import restore_whole
 
 
 class LoadedModel(NamedTuple):
@@ -33,13 +35,16 @@ class LoadedModel(NamedTuple):
 def load_model(checkpoint: str | Path, tokenizer: str | Path | None = None) -> LoadedModel:
     """Load a run folder's, checkpoints folder's or step folder's newest good checkpoint, float32, on one device.
 
+    A run of adapters is loaded with its base, merged into it.
+
     tokenizer: its directory; default: the one in the run folder. Errors: CheckpointError where there is no good
     checkpoint; DataError with both hashes when the tokenizer is not the checkpoint's own.
     """
     folder = find_step_folder(checkpoint)
     beside = folder.parent.parent / "tokenizer"
     frozen = Tokenizer.load(tokenizer or beside)
-    params, metadata = restore_params(folder)
+    metadata = read_metadata(folder)
     frozen.require(metadata["tokenizer"], f"Checkpoint {folder}",
                    f"Give the run's own tokenizer: --tokenizer={beside}")
-    return LoadedModel(params, resolve(metadata["config"]), frozen, folder)
+    config = dataclasses.replace(resolve(metadata["config"]), lora=None)
+    return LoadedModel(restore_whole(folder), config, frozen, folder)

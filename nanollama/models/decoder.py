@@ -16,7 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanollama.config import ComputeConfig, ModelConfig
+from nanollama.config import ComputeConfig, LoraConfig, ModelConfig
+from nanollama.models import lora as loras
 from nanollama.models.attention import Context, cache_heads, grouped_query_attention, latent_attention
 from nanollama.models.feed_forward import ROUTERS, gated_feed_forward, mixture_of_experts
 from nanollama.models.linear import norm_scale, normal, parameter
@@ -28,6 +29,7 @@ from nanollama.parallel.mesh import constrain
 
 Params = dict[str, Any]
 LAYERS, DENSE_LAYERS = "layers", "dense_layers"  # names of the stacks' parameters
+head = loras.head  # of the parameters, [D, V]
 
 
 class Cache(NamedTuple):
@@ -47,6 +49,7 @@ class Block(nn.Module):
     model: ModelConfig
     compute: ComputeConfig
     experts: bool = False  # a mixture of experts in place of the feed-forward
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(
@@ -83,6 +86,7 @@ class Decoder(nn.Module):
 
     model: ModelConfig
     compute: ComputeConfig
+    lora: LoraConfig | None = None  # adapters beside the weights, see `models.lora`
 
     @nn.compact
     def __call__(
@@ -102,10 +106,7 @@ class Decoder(nn.Module):
         (`parallel.context`).
         """
         m, dtype = self.model, jnp.dtype(self.compute.dtype)
-        V, D = m.vocab_size, m.hidden_size
-        embedding_VD = parameter(self, "embedding", ("vocab", "embed"), (V, D), normal(m.init_std))
-        if not m.tie_embeddings:  # declared here, used by `head`
-            parameter(self, "head", ("embed", "vocab"), (D, V), normal(m.init_std))
+        embedding_VD = self._tables()
         # Whole rows before the lookup: a gather from rows cut over fsdp makes XLA replicate its result and gradient.
         rows_VD = constrain(embedding_VD, "vocab", "activation_embed")
         x_BTD = constrain(rows_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
@@ -125,13 +126,27 @@ class Decoder(nn.Module):
         else:
             written: list[Any] = []
             for stack in stacks(m):
-                layers = _scanned(m, self.compute, stack)
+                layers = _scanned(m, self.compute, self.lora, stack)
                 x_BTD, new = layers(x_BTD, _part(cache, stack), _windows(m, stack), context)
                 written.append(new)
             if cache is not None:
                 keys, values = jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
                 cache = Cache(keys, values, cache.write_index + tokens_BT.shape[1])
-        return rms_norm(x_BTD, norm_scale(self, "final_norm", D), m.norm_eps), cache
+        return rms_norm(x_BTD, norm_scale(self, "final_norm", m.hidden_size), m.norm_eps), cache
+
+    def _tables(self) -> jax.Array:
+        """Declares the embedding, and the head that `head` uses; returns the embedding."""
+        m, zeros = self.model, nn.initializers.zeros
+        V, D, first = m.vocab_size + m.vocab_padding, m.hidden_size, self.lora.train_rows_from if self.lora else 0
+        tables = {"embedding": parameter(self, "embedding", ("vocab", "embed"), (V, D), normal(m.init_std))}
+        if not m.tie_embeddings:
+            parameter(self, "head", ("embed", "vocab"), (D, V), normal(m.init_std))
+        if first:
+            name = loras.NEW_ROWS["embedding"]
+            tables[name] = parameter(self, name, ("added", "embed"), (V - first, D), zeros)
+            if not m.tie_embeddings:
+                parameter(self, loras.NEW_ROWS["head"], ("embed", "added"), (D, V - first), zeros)
+        return loras.embedding(tables)
 
     def _apart(
         self, x_BTD: jax.Array, cache: Cache | None, context: Context
@@ -139,7 +154,7 @@ class Decoder(nn.Module):
         """The layers one by one, with the parameters and the cache that `unstack` gives."""
         keys, values = [], []
         for stack in stacks(self.model):
-            block = Block(self.model, self.compute, stack.experts, parent=None)
+            block = Block(self.model, self.compute, stack.experts, self.lora, parent=None)
             windows = _windows(self.model, stack)
             for number, params in enumerate(self.get_variable("params", stack.name)):
                 layer = stack.low + number
@@ -192,11 +207,6 @@ def unstack(tree: Any) -> Any:
     return {name: split(part) if name in (LAYERS, DENSE_LAYERS) else part for name, part in tree.items()}
 
 
-def head(params: Params) -> jax.Array:
-    """Output matrix [D, V], float32: its own, or the embedding's transpose where they are tied."""
-    return params["head"] if "head" in params else params["embedding"].T
-
-
 def init_cache(model: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
     """Empty cache for `length` positions of `batch` rows."""
     keys, values = (jnp.zeros((model.num_layers, batch, length, *heads), dtype) for heads in cache_heads(model))
@@ -224,7 +234,7 @@ def _windows(model: ModelConfig, stack: Stack) -> jax.Array | None:
     return jnp.where(full, jnp.iinfo(jnp.int32).max, model.sliding_window)
 
 
-def _scanned(model: ModelConfig, compute: ComputeConfig, stack: Stack) -> Any:
+def _scanned(model: ModelConfig, compute: ComputeConfig, lora: LoraConfig | None, stack: Stack) -> Any:
     """`Block`, rematerialised as asked, scanned over the layers of a stack with stacked parameters."""
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     block: Any = Block
@@ -234,10 +244,10 @@ def _scanned(model: ModelConfig, compute: ComputeConfig, stack: Stack) -> Any:
     scanned = nn.scan(
         block,
         variable_axes={"params": 0, ROUTERS: 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=(0, 0, nn.broadcast),
         length=length,
         unroll=min(compute.scan_unroll or length, length),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(model=model, compute=compute, experts=stack.experts, name=stack.name)
+    return scanned(model=model, compute=compute, experts=stack.experts, lora=lora, name=stack.name)

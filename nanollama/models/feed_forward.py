@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import ComputeConfig, ModelConfig, MoeConfig
-from nanollama.models.linear import linear, normal, parameter
+from nanollama.models.linear import adapter, linear, normal, parameter
 from nanollama.ops import moe as ops
 from nanollama.ops.mlp import swiglu
 
@@ -41,22 +41,20 @@ def mixture_of_experts(
     routing = ops.route(logits_NE, moe, bias_E)
 
     def stacked(name: str, axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> jax.Array:
-        return parameter(module, name, ("expert", *axes), (E, *shape), normal(std)).astype(h_ND.dtype)
+        axes, shape = ("expert", *axes), (E, *shape)
+        weight = parameter(module, name, axes, shape, normal(std)).astype(h_ND.dtype)
+        low_rank = adapter(module, name, axes, shape, h_ND.dtype, stacked=1)
+        # Merged on the spot: the grouped products know nothing of adapters. No dropout.
+        return weight if low_rank is None else weight + low_rank.a @ low_rank.b
 
     experts = ops.Experts(
         stacked("expert_gate", ("embed", "ffn"), (D, F), m.init_std),
         stacked("expert_up", ("embed", "ffn"), (D, F), m.init_std),
         stacked("expert_down", ("ffn", "embed"), (F, D), _residual_std(m)),
     )
-    dropped_NJ = None
-    if compute.moe == "capacity":
-        y_ND, dropped_NJ = ops.capacity(
-            h_ND, routing, experts, factor=compute.moe_capacity, real_N=real_BT.reshape(-1)
-        )
-    elif compute.moe == "dense":
-        y_ND = ops.dense(h_ND, routing, experts)
-    else:
-        y_ND = ops.dropless(h_ND, routing, experts)
+    y_ND, dropped_NJ = ops.mix(
+        h_ND, routing, experts, path=compute.moe, factor=compute.moe_capacity, real_N=real_BT.reshape(-1)
+    )
     sums = ops.router_sums(routing, real_BT, dropped_NJ)
     module.sow(ROUTERS, "sums", sums, init_fn=lambda: None, reduce_fn=lambda _, new: new)
     if moe.shared_size:

@@ -5,11 +5,14 @@ input and output axes.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from nanollama.config import LoraConfig
+from nanollama.models import lora as loras
 
 
 def normal(std: float) -> nn.initializers.Initializer:
@@ -50,4 +53,64 @@ def linear(
     if bias:
         offset = parameter(module, f"{name}_bias", axes[inputs:], shape[inputs:], nn.initializers.zeros)
         y_NO += offset.reshape(-1).astype(x_NI.dtype)
+    low_rank = adapter(module, name, axes, shape, x_NI.dtype, inputs=inputs)
+    if low_rank is not None:
+        x_NR = dropped(module, x_NI) @ low_rank.a.reshape(x_NI.shape[1], -1)
+        y_NO += x_NR @ low_rank.b.reshape(x_NR.shape[1], -1)
     return y_NO
+
+
+class Adapter(NamedTuple):
+    """What is added to a weight [*stacked, *inputs, *outputs] is A B (`models.lora`); the scale is in B."""
+
+    a: jax.Array  # [*stacked, *inputs, R]
+    b: jax.Array  # [*stacked, R, *outputs]
+
+
+def adapter(
+    module: nn.Module,
+    name: str,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    inputs: int = 1,
+    stacked: int = 0,
+) -> Adapter | None:
+    """The adapter of the weight `name`, in `dtype`, where `module.lora` has one for it; else None.
+
+    axes, shape: the weight's; its first `stacked` axes are as many weights apart (experts), the next `inputs` are
+    multiplied. Who multiplies by the weight adds (x A) B, with x through `dropped`.
+    """
+    lora: LoraConfig | None = getattr(module, "lora", None)
+    if lora is None or not loras.is_target(name, lora):
+        if module.has_variable("params", name + loras.A):  # else they would be left out without a word
+            raise ValueError(f"{name} has an adapter, and the Decoder was made without it: give it the run's lora.")
+        return None
+    cut = stacked + inputs
+    bound = math.prod(shape[stacked:cut]) ** -0.5  # as the peft package begins: Kaiming, a = sqrt(5)
+    a = parameter(
+        module, name + loras.A, (*axes[:cut], "rank"), (*shape[:cut], lora.rank), symmetric_uniform(bound)
+    )
+    b = parameter(
+        module,
+        name + loras.B,
+        (*axes[:stacked], "rank", *axes[cut:]),
+        (*shape[:stacked], lora.rank, *shape[cut:]),
+        nn.initializers.zeros,
+    )
+    return Adapter(a.astype(dtype), (b * loras.scale(lora)).astype(dtype))
+
+
+def dropped(module: nn.Module, x_NI: jax.Array) -> jax.Array:
+    """An adapter's input: with dropout in training, which is where the caller of the decoder gives a key for it."""
+    lora: LoraConfig | None = getattr(module, "lora", None)
+    if lora is None or not lora.dropout or not module.has_rng("dropout"):
+        return x_NI
+    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x_NI.shape)
+    return jnp.where(kept, x_NI / (1 - lora.dropout), 0).astype(x_NI.dtype)
+
+
+def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
+    """Uniform initial values in [-bound, bound)."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

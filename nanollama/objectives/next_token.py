@@ -1,6 +1,7 @@
 """Next-token prediction: the loss of pre-training and of everything that looks like it.
 
-Targets arrive shifted and weighted (`nanollama.data.format`); nothing here shifts or masks.
+Targets arrive shifted and weighted (`nanollama.data.format`); nothing here shifts or masks. Models with experts add
+their routers' losses.
 """
 
 from typing import Any
@@ -8,8 +9,12 @@ from typing import Any
 import jax
 
 from nanollama.config import LossConfig
-from nanollama.models.decoder import Decoder, head
+from nanollama.models.decoder import Decoder, head, router_sums
+from nanollama.models.feed_forward import ROUTERS
+from nanollama.models.lora import dropout_rngs
 from nanollama.ops.losses import LossSums, cross_entropy_sums
+from nanollama.ops.moe import moe_sums, real_tokens
+from nanollama.parallel import context
 
 Batch = dict[str, jax.Array]
 
@@ -19,7 +24,23 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
 
     batch: tokens, targets, positions, first_key [B, T] int32; weights [B, T] float32, 0 where nothing is learned.
     """
-    hidden_BTD, _ = decoder.apply({"params": params}, batch["tokens"], batch["positions"], batch["first_key"])
+    moe, pieces = decoder.model.moe, context.size() > 1
+    real_BT = None if moe is None else real_tokens(batch["first_key"])
+    rngs = dropout_rngs(batch)
+    if pieces:  # a device has two pieces of each of its rows: everything but attention treats them as rows
+        arrays = {name: batch[name] for name in ("tokens", "positions", "first_key", "targets", "weights")}
+        batch = context.to_pieces(arrays if real_BT is None else {**arrays, "real": real_BT})
+        real_BT = batch.get("real")
+    (hidden_BTD, _), state = decoder.apply(
+        {"params": params},
+        batch["tokens"],
+        batch["positions"],
+        batch["first_key"],
+        real_BT=real_BT,
+        starts_B=context.starts(*batch["tokens"].shape) if pieces else None,
+        mutable=[ROUTERS],
+        rngs=rngs,
+    )
     sums = cross_entropy_sums(
         hidden_BTD,
         head(params),
@@ -27,5 +48,14 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
         batch["weights"],
         z_loss=loss.z_loss,
         chunk_tokens=decoder.compute.loss_chunk_tokens,
+        vocabulary=decoder.model.vocab_size,
     )
+    if moe is not None:
+        weight_B, of_rows = batch["weights"].sum(axis=1), router_sums(state)
+        if pieces:
+            weight_B = context.row_sums(weight_B)
+            of_rows = jax.tree.map(lambda x_LB: context.row_sums(x_LB, axis=1), of_rows)
+        routers = moe_sums(of_rows, weight_B, moe.experts_per_token, loss.balance)
+        total = sums.total + loss.balance_loss * routers.balance + loss.router_z_loss * routers.z
+        sums = sums._replace(total=total, moe=routers)
     return sums.total, sums

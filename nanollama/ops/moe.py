@@ -3,10 +3,10 @@
 Pure; knows neither parameters nor meshes. Letters as in `models.decoder`, and
     E experts    J experts per token    F width of one    C slots of an expert    M = N * J assignments
 
-The router is float32 throughout: a rounded score chooses another expert. There are three ways to compute the same sum
-over a token's experts: `dropless` (tokens sorted by expert, one ragged product), `capacity` (an equal number of slots
-per expert, so that products are dense; the same sum unless a token finds no slot, which is counted) and `dense`, the
-slow twin (every expert on every token).
+The router is float32 throughout: a rounded score chooses another expert. There are four ways to compute the same sum
+over a token's experts: `dropless` (tokens sorted by expert, one ragged product), `blocked` (the same in dense blocks,
+for CPU), `capacity` (an equal number of slots per expert; the same sum unless a token finds no slot, which is counted)
+and `dense`, the slow twin (every expert on every token).
 """
 
 import math
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import MoeConfig
+from nanollama.ops.attention import device
 from nanollama.ops.mlp import swiglu
 
 
@@ -49,6 +50,19 @@ class RouterSums(NamedTuple):
     dropped_B: jax.Array  # assignments without a slot
 
 
+class MoeSums(NamedTuple):
+    """What the layers of a batch's mixtures did: sums over rows, ready to be added up over micro-batches and devices.
+
+    balance, z: per row the mean over its real tokens, times the row's loss weight, summed over layers; divided by the
+    batch's weight they are means in which a row counts by its labels. Only these two carry gradients.
+    """
+
+    balance: jax.Array  # `uneven`
+    z: jax.Array  # logsumexp^2
+    load_LE: jax.Array  # assignments
+    dropped: jax.Array  # assignments without a slot
+
+
 def route(logits_NE: jax.Array, moe: MoeConfig, bias_E: jax.Array | None = None) -> Routing:
     """Choose experts by float32 logits.
 
@@ -74,6 +88,25 @@ def route(logits_NE: jax.Array, moe: MoeConfig, bias_E: jax.Array | None = None)
     if moe.scoring == "sigmoid":
         scores_NE /= scores_NE.sum(axis=1, keepdims=True) + 1e-20
     return Routing(experts_NJ, weights_NJ * moe.scale, scores_NE, jax.nn.logsumexp(logits_NE, axis=-1))
+
+
+def mix(
+    x_ND: jax.Array, routing: Routing, experts: Experts, *, path: str, factor: float, real_N: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """The experts' weighted sum [N, D] by the path of that name, and which assignments were dropped, if any can be.
+
+    auto: blocked on CPU, else dropless. On two CPU cores, forward and backward of 2048 tokens of width 256 through 2 of
+    8 experts of width 512 take 0.40 processor seconds blocked, 1.60 dropless, 0.88 dense, 0.25 with capacity 1.25.
+    Errors: ValueError on an unknown path.
+    """
+    if path == "capacity":
+        return capacity(x_ND, routing, experts, factor=factor, real_N=real_N)
+    if path == "auto":
+        path = "blocked" if device()[0] == "cpu" else "dropless"
+    paths = {"dropless": dropless, "blocked": blocked, "dense": dense}
+    if path not in paths:
+        raise ValueError(f"moe: unknown path {path!r}; known: auto, capacity, {', '.join(paths)}")
+    return paths[path](x_ND, routing, experts), None
 
 
 def dense(x_ND: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
@@ -127,6 +160,32 @@ def capacity(
     return _combine(out_NJD, routing), (expert_NJ < E) & ~has_slot_NJ
 
 
+def blocked(x_ND: jax.Array, routing: Routing, experts: Experts, *, rows: int = 128) -> jax.Array:
+    """`dropless` for CPU, where a ragged product is slow: assignments sorted by expert into blocks of `rows`.
+
+    Each expert's last block is filled up, so there are C = M / rows + E blocks at most, and every product is dense: a
+    block times a copy of its expert's weights.
+    """
+    (N, D), E, J = x_ND.shape, len(experts.gate_EDF), routing.experts_NJ.shape[1]
+    M = N * J
+    C = -(-M // rows) + E
+    expert_M = routing.experts_NJ.reshape(-1)
+    chosen_ME = expert_M[:, None] == jnp.arange(E)
+    rank_M = jnp.sum(jnp.where(chosen_ME, jnp.cumsum(chosen_ME, axis=0, dtype=jnp.int32) - 1, 0), axis=1)
+    blocks_E = -(-chosen_ME.sum(axis=0, dtype=jnp.int32) // rows)
+    end_E = jnp.cumsum(blocks_E)
+    slot_M = (end_E - blocks_E)[expert_M] * rows + rank_M
+    holder_S = jnp.full(C * rows, M, jnp.int32).at[slot_M].set(jnp.arange(M, dtype=jnp.int32))  # M: nobody
+    expert_C = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(C), side="right"), E - 1)
+    is_of_CE = (expert_C[:, None] == jnp.arange(E)).astype(x_ND.dtype)
+    x_CRD = _take(jnp.repeat(x_ND, J, axis=0), holder_S, slot_M).reshape(C, rows, D)
+    # Copies by a product with ones: exact, and so is its gradient, a sum over an expert's blocks.
+    gate_CDF, up_CDF, down_CFD = (jnp.einsum("ce,eio->cio", is_of_CE, weights) for weights in experts)
+    hidden_CRF = swiglu(jnp.einsum("crd,cdf->crf", x_CRD, gate_CDF), jnp.einsum("crd,cdf->crf", x_CRD, up_CDF))
+    out_CRD = jnp.einsum("crf,cfd->crd", hidden_CRF, down_CFD)
+    return _combine(_take(out_CRD.reshape(C * rows, D), slot_M, holder_S).reshape(N, J, D), routing)
+
+
 def slots(tokens: int, experts_per_token: int, num_experts: int, factor: float) -> int:
     """Slots of each expert; never more than there are tokens."""
     return min(tokens, math.ceil(factor * tokens * experts_per_token / num_experts))
@@ -150,6 +209,20 @@ def router_sums(routing: Routing, real_BT: jax.Array, dropped_NJ: jax.Array | No
         total(routing.logsumexp_N**2)[:, 0],
         total(dropped_N)[:, 0],
     )
+
+
+def moe_sums(sums: RouterSums, weight_B: jax.Array, experts_per_token: int, balance: str) -> MoeSums:
+    """Of [L, B, ...] router sums; weight_B: each row's loss weight.
+
+    balance: "sequence", loads even within each row (DeepSeek V2 and V3); "batch", over all rows here (Switch, Mixtral),
+    which is a product of means and so no sum over micro-batches.
+    """
+    tokens_LB, load_LBE, scores_LBE = sums.tokens_B, sums.load_BE, sums.scores_BE
+    z_LB, load_LE = sums.z_B / jnp.maximum(tokens_LB, 1.0), load_LBE.sum(axis=1)
+    if balance == "batch":
+        load_LBE, scores_LBE, tokens_LB = (x.sum(axis=1, keepdims=True) for x in (load_LBE, scores_LBE, tokens_LB))
+    uneven_LB = uneven(load_LBE, scores_LBE, tokens_LB, experts_per_token)
+    return MoeSums(jnp.sum(weight_B * uneven_LB), jnp.sum(weight_B * z_LB), load_LE, sums.dropped_B.sum())
 
 
 def real_tokens(first_key_BT: jax.Array) -> jax.Array:

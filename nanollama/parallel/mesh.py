@@ -34,6 +34,8 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "vocab": ("tensor",),
     "layers": None,
     "norm": None,
+    "rank": None,  # of an adapter
+    "added": None,  # rows of added tokens
 }
 
 # Dimensions that are replicated, not refused, where the mesh does not divide them: with more tensor shards
@@ -113,6 +115,24 @@ def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Na
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over BATCH_AXES, positions whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
+
+
+def process_block(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): the rows of a global batch that this process's devices need, as one of `count` equal blocks.
+
+    Errors: ConfigError when its devices do not hold one such block.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    slices = batch_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
+    rows = {row for rows, _ in slices for row in range(*rows.indices(shards))}
+    low, count = min(rows), len(rows)
+    if rows != set(range(low, low + count)) or low % count or shards % count:
+        raise ConfigError(
+            "config.mesh",
+            f"the devices of process {jax.process_index()} have the batch shards {sorted(rows)} of {shards}, no block",
+            "Let the inner axes (tensor, context) divide the devices of a process, or the other way round.",
+        )
+    return low // count, shards // count
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -65,7 +65,7 @@ def compile_step(config: Config, target: Target) -> Compiled:
     """Compile `config`'s train step for `target`. Errors: those of XLA, "Ran out of memory" among them."""
     began = time.monotonic()
     mesh = make_mesh(config.mesh, devices(target))
-    optimizer, decoder = make_optimizer(config), Decoder(config.model, config.compute)
+    optimizer, decoder = make_optimizer(config), Decoder(config.model, config.compute, config.lora)
     shardings = state_shardings(config, optimizer, mesh)
     train_step = step.make_train_step(config, decoder, optimizer, mesh, shardings)
     kernel = flash_memory() if target.device.platform != "cpu" else contextlib.nullcontext()

@@ -17,7 +17,7 @@ def table(config: Config, sizes: Sizes) -> str:
     """One line per parameter: shape, logical axes, the mesh axes that cut each dimension, bytes on one device."""
     mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params = jax.tree_util.tree_leaves_with_path(abstract_state(config, make_optimizer(config)).params)
-    axes = jax.tree.leaves(logical_axes(config.model), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    axes = jax.tree.leaves(logical_axes(config.model, config.lora), is_leaf=lambda leaf: isinstance(leaf, tuple))
     rows = [("parameter", "shape", "logical axes", *sizes, "MiB a device")]
     for (path, array), names in zip(params, axes, strict=True):
         spec = partition_spec(names, array.shape, mesh)

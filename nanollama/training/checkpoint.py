@@ -16,7 +16,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts  # what Orbax stores arrays with
 
 from nanollama.config import CheckpointConfig, ModelConfig
 from nanollama.data.files import DataError
@@ -122,7 +123,7 @@ class Checkpoints:
             raise CheckpointError(f"{folder}: {damage}. Restore another step: {self.steps()}.")
         metadata = _read_metadata(folder)
         if model is not None:
-            _check_model(folder, metadata, model)
+            check_model(folder, metadata, model)
         _check_arrays(folder, abstract_state)
         return _read_arrays(folder, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract_state)), metadata
 
@@ -188,16 +189,24 @@ class Checkpoints:
 
 
 class LazyArray:
-    """An array that is made when its turn to be written comes, and dropped after. For `LazyCheckpoints`."""
+    """An array whose parts are made when their turn to be written comes, and dropped after. For `LazyCheckpoints`."""
 
-    def __init__(self, read: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: Any = np.float32):
-        self.read, self.shape, self.dtype = read, shape, np.dtype(dtype)
+    def __init__(
+        self,
+        read: Callable[[tuple[int, ...]], np.ndarray],
+        shape: tuple[int, ...],
+        dtype: Any = np.float32,
+        *,
+        stacked: int = 0,
+    ):
+        """read: the part at an index of the first `stacked` axes; with 0 of them, everything."""
+        self.read, self.shape, self.dtype, self.stacked = read, shape, np.dtype(dtype), stacked
         self.ndim, self.size = len(shape), int(np.prod(shape, dtype=np.int64))
         self.nbytes = self.size * self.dtype.itemsize
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes LazyArrays as Orbax writes NumPy arrays, but one after the other."""
+    """Writes LazyArrays as Orbax writes NumPy arrays, but one part after the other."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -208,7 +217,9 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
         async with self._turn:
             if self._error is None:  # after an error the others only end, so that none is left waiting
                 try:
-                    await super()._open_and_write(value.read(), tspec, ts_context)
+                    store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+                    for index in np.ndindex(value.shape[: value.stacked]):
+                        await store[index].write(value.read(index), can_reference_source_data_indefinitely=True)
                 except Exception as error:
                     self._error = error
 
@@ -219,7 +230,7 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
 
 class LazyCheckpoints(Checkpoints):
-    """Saves trees of LazyArrays, one array in memory at a time. What it writes is read like any checkpoint."""
+    """Saves trees of LazyArrays, one part in memory at a time. What it writes is read like any checkpoint."""
 
     def __init__(self, directory: str | Path, config: CheckpointConfig):
         super().__init__(directory, dataclasses.replace(config, asynchronous=False))
@@ -233,8 +244,10 @@ class LazyCheckpoints(Checkpoints):
         }
 
     def _arguments(self, state: Any) -> ocp.args.CheckpointArgs:
-        chunks = ocp.SaveArgs(chunk_byte_size=16 << 20)  # what is compressed, and later read, at one time
-        return ocp.args.PyTreeSave(state, save_args=jax.tree.map(lambda _: chunks, state))
+        def chunks(array: LazyArray) -> ocp.SaveArgs:  # what is compressed, and later read, at one time
+            return ocp.SaveArgs(chunk_byte_size=16 << 20, shard_axes=tuple(range(array.stacked)))
+
+        return ocp.args.PyTreeSave(state, save_args=jax.tree.map(chunks, state))
 
 
 def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -273,15 +286,34 @@ def parameter_infos(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def restore_parameter(folder: str | Path, name: str) -> np.ndarray:
-    """One parameter ("layers/query") of a step folder, on the host: for what must not hold the whole model."""
-    tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-    item: Any = 0
-    for part in reversed(["params", *name.split("/")]):
-        tree, item = {part: tree}, {part: item}
-    arguments = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
-    array: np.ndarray = jax.tree.leaves(_read_arrays(Path(folder), ocp.PyTreeCheckpointHandler(), arguments))[0]
-    return array
+def parameter_reader(folder: str | Path, name: str, stacked: int) -> Callable[[tuple[int, ...]], np.ndarray]:
+    """Reads one parameter ("layers/query") of a step folder part by part, by an index of its first `stacked` axes.
+
+    For what must not hold the whole model. A part costs as much memory as the chunks it was saved in: those of
+    imported models are parts; training saves each device's share as one chunk, which is kept until a part outside
+    of it is asked for.
+    """
+    key = ".".join(["params", *name.split("/")])
+    store = {"driver": "ocdbt", "base": (Path(folder).absolute() / "state").as_uri() + "/", "path": key + "/"}
+    try:
+        array = ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {name} cannot be read: {error}. Is the folder whole?") from error
+    sizes = array.chunk_layout.read_chunk.shape[:stacked]
+    kept: dict[tuple[int, ...], np.ndarray] = {}
+
+    def read(index: tuple[int, ...]) -> np.ndarray:
+        corner = tuple(at // size * size for at, size in zip(index, sizes, strict=True))
+        if corner not in kept:
+            kept.clear()
+            ends = (min(at + size, end) for at, size, end in zip(corner, sizes, array.shape, strict=False))
+            span = tuple(slice(at, end) for at, end in zip(corner, ends, strict=True))
+            kept[corner] = np.asarray(array[span].read().result())
+        inside = tuple(at - start for at, start in zip(index, corner, strict=True))
+        part: np.ndarray = kept[corner][inside]
+        return part
+
+    return read
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
@@ -337,8 +369,11 @@ def _read_arrays(folder: Path, handler: ocp.CheckpointHandler, arguments: ocp.ar
         return handler.restore(folder / "state", args=arguments)
 
 
-def _check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig) -> None:
-    """Compare architectures field by field; `init_std` only matters to fresh parameters."""
+def check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig, besides: Sequence[str] = ()) -> None:
+    """Compare architectures field by field, but for `besides` and `init_std`, which only matters to fresh parameters.
+
+    Errors: CheckpointError names each field that differs, with both values.
+    """
     try:
         saved = to_mapping(from_mapping(ModelConfig, metadata["config"]["model"], "config.model"))
     except (KeyError, TypeError, FieldError) as error:
@@ -349,12 +384,12 @@ def _check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig) 
     different = [
         f"config.model.{name}: checkpoint {saved[name]!r}, asked {asked[name]!r}"
         for name in asked
-        if name != "init_std" and saved[name] != asked[name]
+        if name not in ("init_std", *besides) and saved[name] != asked[name]
     ]
     if different:
         raise CheckpointError(
             f"{folder} is of another model: {'; '.join(different)}. Use the checkpoint's values, or "
-            "start this model in another run folder."
+            "train this model from the start in another run folder."
         )
 
 

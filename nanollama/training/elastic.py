@@ -25,11 +25,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from nanollama.config import Config, ConfigError
 from nanollama.models.decoder import Decoder
+from nanollama.models.lora import DROPOUT_KEYS, dropout_keys
 from nanollama.objectives import next_token
 from nanollama.ops.losses import LossSums
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import TrainState
-from nanollama.training.step import KEYS, Batch, Metrics, check_weights, split_rows, update
+from nanollama.training.step import KEYS, Batch, Metrics, check_weights, gradient_of, split_rows, update
 
 Turns = list[Batch]  # turn j: [devices, rows, T], device d computing micro-batch d * turns + j
 
@@ -50,14 +51,14 @@ def make_train_step(
     loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
-    def gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
-        (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        return gradients, sums
-
-    gradient_on_each = on_each_device(gradient, mesh)
-    apply = jax.jit(functools.partial(update, optimizer=optimizer, schedule=schedule), donate_argnums=0)
+    gradient_on_each = on_each_device(gradient_of(loss), mesh)
+    rate = config.loss.bias_update_rate
+    step = functools.partial(update, optimizer=optimizer, schedule=schedule, bias_update_rate=rate)
+    apply = jax.jit(step, donate_argnums=0)
 
     def train_step(state: TrainState, batch: Turns) -> tuple[TrainState, Metrics]:
+        if config.lora is not None and config.lora.dropout:
+            batch = _with_dropout_keys(batch, config, state.step, mesh)
         gradients, sums = _sum_over(gradient_on_each, state.params, batch, mesh)
         return apply(state, gradients, sums)
 
@@ -83,6 +84,19 @@ def put_batch(arrays: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> T
     where = NamedSharding(mesh, PartitionSpec("data"))
     stacked = {key: split_rows(arrays[key], config.batch.micro_batches) for key in KEYS}
     return [jax.device_put({key: x_MBT[turn::turns] for key, x_MBT in stacked.items()}, where) for turn in range(turns)]
+
+
+def _with_dropout_keys(batch: Turns, config: Config, step: jax.Array, mesh: Mesh) -> Turns:
+    """Each micro-batch's key beside it, the same as `training.step` gives it."""
+    keys = _keys_of_turns(config.seed, step, config.batch.micro_batches, len(batch))
+    on_devices = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("data")))
+    return [{**one, DROPOUT_KEYS: keys_D12} for one, keys_D12 in zip(batch, on_devices, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _keys_of_turns(seed: int, step: jax.Array, micro_batches: int, turns: int) -> list[jax.Array]:
+    keys_M12 = dropout_keys(seed, step, micro_batches)[:, None]
+    return [keys_M12[turn::turns] for turn in range(turns)]
 
 
 def check_devices(config: Config, mesh: Mesh) -> None:

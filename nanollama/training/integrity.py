@@ -55,6 +55,11 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
+def checkpoint_hash(folder: Path) -> str:
+    """One SHA-256 for all bytes of a checkpoint folder: that of its hash list."""
+    return str(read_json(folder / HASH_LIST)["sha256"])
+
+
 def tree_hash(tree: Any) -> str:
     """SHA-256 over (path, dtype, shape, bytes) of every array, in the order of the paths.
 

@@ -155,7 +155,8 @@ def train_line(step: int, steps: int, line: Mapping[str, Any]) -> str:
     parts = [f"step {step:>{width}}" + (f"/{steps}" if steps else "")]
     shown: list[tuple[str, str, Callable[[Any], str]]] = [
         ("loss", "loss", "{:.4f}".format), ("learning_rate", "lr", "{:.2e}".format),
-        ("grad_norm", "grad", "{:.3f}".format), ("tokens_per_second", "tok/s", "{:,.0f}".format),
+        ("expert_load_max", "load", "{:.2f}x".format), ("grad_norm", "grad", "{:.3f}".format),
+        ("tokens_per_second", "tok/s", "{:,.0f}".format),
         ("mfu", "MFU", "{:.1%}".format), ("epochs", "epochs", _epochs), ("eta_seconds", "ETA", duration),
         ("memory_bytes", "mem", lambda count: f"{count / 2**30:.2f} GiB")]
     parts += [f"{label} {text(line[key])}" for key, label, text in shown if line.get(key) is not None]

@@ -9,6 +9,8 @@ dimensions: parameters are stacked, so a norm's scale is [L, D] and a query proj
     "router"             yes            Adam (the router, and the gate of a shared expert: one row per expert)
     "embed", else        yes            Muon: "embed" is one side of each layer's matrix, what remains is the other;
     "latent", no "embed" yes            Muon of latent attention's matrices out of a latent: that is the one side
+    "rank" (adapters)    yes            Muon: A and B of each layer, "rank" is one side
+    "added" (new rows)   yes            Adam
     others (biases)      no             Adam
 
 Each expert's matrix is one of its own for Muon, as each layer's is.
@@ -24,6 +26,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from nanollama.config import Config, OptimizerConfig
+from nanollama.models.lora import learned
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import logical_axes
 
@@ -32,17 +35,18 @@ Axes = tuple[str, ...]
 # RMS of a Muon update, so that it matches AdamW's and one learning rate serves both: arXiv:2502.16982, section 2.2.
 MUON_UPDATE_RMS = 0.2
 _BATCH_AXES = ("layers", "expert")  # one matrix each
+_IN_MATRICES = {"embed", "latent", "rank"}  # each matrix has one of these axes; norms and biases have none
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The run's optimizer, with its schedule inside; its state counts its own steps."""
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
-    return build_optimizer(config.optimizer, schedule, logical_axes(config.model))
+    return build_optimizer(config.optimizer, schedule, learned(logical_axes(config.model, config.lora)))
 
 
 def build_optimizer(config: OptimizerConfig, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
     """As `make_optimizer`, for parameters with the logical axes of the tree `axes` (leaves: tuples of names)."""
-    is_decayed = _map_axes(lambda names: bool({"embed", "latent"} & set(names)), axes)  # neither norms nor biases
+    is_decayed = _map_axes(lambda names: bool(_IN_MATRICES & set(names)), axes)  # neither norms nor biases
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         _muon(config, axes) if config.name == "muon" else _adam(config),
@@ -76,13 +80,13 @@ def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
 
 def is_matrix(names: Axes) -> bool:
     """Whether Muon treats a parameter with these logical axes."""
-    return bool({"embed", "latent"} & set(names)) and not {"vocab", "norm", "router"} & set(names)
+    return bool(_IN_MATRICES & set(names)) and not {"vocab", "added", "norm", "router"} & set(names)
 
 
 def matrix_sides(names: Axes) -> MuonDimensionNumbers:
     """Which axes of a stacked, unflattened weight make up the two sides of one layer's matrix."""
     sides = [i for i, name in enumerate(names) if name not in _BATCH_AXES]
-    one = names.index("embed" if "embed" in names else "latent")
+    one = names.index(next(name for name in ("rank", "embed", "latent") if name in names))
     return MuonDimensionNumbers(reduction_axis=(one,), output_axis=tuple(i for i in sides if i != one))
 
 

@@ -4,8 +4,10 @@ Knows nothing of the loop. The engine is the one that chat and evaluation use.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from nanollama.config import Config
@@ -14,6 +16,7 @@ from nanollama.data.tokenizer import Tokenizer
 from nanollama.generation.command_line import DEFAULT
 from nanollama.generation.engine import Engine
 from nanollama.models.decoder import Params
+from nanollama.models.lora import merge
 
 
 class Sampler:
@@ -22,12 +25,14 @@ class Sampler:
     def __init__(self, config: Config, tokenizer: Tokenizer, mesh: Mesh, folder: Path):
         self._config, self._tokenizer, self._mesh, self._folder = config, tokenizer, mesh, folder
         self._engine: Engine | None = None
+        self._merge = (lambda params: params) if config.lora is None else jax.jit(partial(merge, lora=config.lora))
 
     def write(self, step: int, params: Params) -> str:
         """Write `<folder>/<step>.json`; returns the first sample as a line for the console, or nothing."""
         logging = self._config.logging
         if not logging.sample_prompts:
             return ""
+        params = self._merge(params)  # of adapters, into a copy: decoding reads plain weights
         if self._engine is None:
             self._engine = Engine(params, self._config.model, self._config.compute, mesh=self._mesh,
                                   context_length=self._config.data.sequence_length,

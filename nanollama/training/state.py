@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from nanollama.config import ComputeConfig, Config, ModelConfig
+from nanollama.config import ComputeConfig, Config, LoraConfig, ModelConfig
+from nanollama.models import lora as loras
 from nanollama.models.decoder import Decoder, init_params
 from nanollama.parallel.mesh import sharding
 
@@ -25,7 +26,7 @@ class TrainState:
 
     step: jax.Array  # int32 scalar: updates done
     params: Any  # float32, plain nested dict
-    opt_state: Any
+    opt_state: Any  # of `models.lora.learned(params)`: all of them, or the adapters
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
@@ -59,7 +60,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
         return jax.tree.map(lambda _: first, abstract)
     everywhere: Sharding = NamedSharding(mesh, PartitionSpec())
     of_params = jax.tree.map(
-        lambda array, axes: sharding(axes, array.shape, mesh), abstract.params, logical_axes(config.model)
+        lambda array, axes: sharding(axes, array.shape, mesh), abstract.params, logical_axes(config.model, config.lora)
     )
     by_name = {
         (_names(path), array.shape): where
@@ -77,21 +78,36 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
     return TrainState(everywhere, of_params, of_optimizer)  # type: ignore[arg-type]
 
 
-def logical_axes(model: ModelConfig) -> Any:
+def logical_axes(model: ModelConfig, lora: LoraConfig | None = None) -> Any:
     """Tree like the parameters; each leaf is the tuple of logical axis names, "layers" first where stacked."""
-    specs = nn.get_partition_spec(_boxed_parameters(model))
+    specs = nn.get_partition_spec(_boxed_parameters(model, lora))
     return jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 def _fresh(config: Config, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    params = nn.meta.unbox(init_params(Decoder(config.model, config.compute), seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    params = nn.meta.unbox(init_params(Decoder(config.model, config.compute, config.lora), seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(loras.learned(params)))
+
+
+def fresh_adapters(config: Config, optimizer: optax.GradientTransformation, seed: int) -> Any:
+    """What learns of a fresh state; jitted, the rest is never computed."""
+    return loras.learned(_fresh(config, optimizer, seed).params)
 
 
 @functools.lru_cache(maxsize=8)
-def _boxed_parameters(model: ModelConfig) -> Any:
-    # The compute settings change neither names, shapes nor axes: take the ones that trace fastest.
-    return jax.eval_shape(functools.partial(init_params, Decoder(model, ComputeConfig(scan_unroll=1))), 0)
+def _boxed_parameters(model: ModelConfig, lora: LoraConfig | None = None) -> Any:
+    """Errors: ConfigError when a target of `lora` is no layer of the model."""
+
+    def trace(lora: LoraConfig | None) -> Any:
+        # The compute settings change neither names, shapes nor axes: take the ones that trace fastest.
+        decoder = Decoder(model, ComputeConfig(scan_unroll=1), lora)
+        return jax.eval_shape(functools.partial(init_params, decoder), 0)
+
+    if lora is not None:
+        stacks = [part for part in trace(LoraConfig(targets=("*",))).values() if isinstance(part, dict)]
+        found = {name.removesuffix(loras.A) for stack in stacks for name in stack if name.endswith(loras.A)}
+        loras.check_targets(lora, found)
+    return trace(lora)
 
 
 def _names(path: Any) -> tuple[str, ...]:

@@ -19,9 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanollama.config import Config, ConfigError
 from nanollama.data.files import DataError
-from nanollama.models.decoder import Decoder
+from nanollama.models.decoder import LAYERS, Decoder
+from nanollama.models.lora import learned, with_dropout_keys, with_learned
 from nanollama.objectives import next_token
 from nanollama.ops.losses import LossSums
+from nanollama.ops.moe import MoeSums, updated_bias
+from nanollama.parallel import context
 from nanollama.parallel.mesh import BATCH_AXES, batch_sharding
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import TrainState
@@ -50,8 +53,9 @@ def make_train_step(
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = with_dropout_keys(batch, config.lora, config.seed, state.step, config.batch.micro_batches)
         gradients, sums = gradient(state.params, batch)
-        return update(state, gradients, sums, optimizer, schedule)
+        return update(state, gradients, sums, optimizer, schedule, config.loss.bias_update_rate)
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -96,6 +100,7 @@ def check_weights(arrays: Mapping[str, np.ndarray]) -> None:
 
 def check_rows(config: Config, mesh: Mesh) -> None:
     """Rows must divide into micro-batches, and each micro-batch's rows over the devices."""
+    context.check_length(config.data.sequence_length, mesh.shape["context"])
     rows, micro_batches = config.batch.global_rows, config.batch.micro_batches
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % (micro_batches * devices):
@@ -120,31 +125,45 @@ def make_gradient(
 
 
 def sum_gradients(loss: Loss, params: Any, batch: Batch, micro_batches: int, shardings: Any) -> tuple[Any, LossSums]:
-    """Gradients of the summed loss, float32, like `params`, and the sums; one micro-batch in memory at a time.
+    """Gradients of the summed loss, float32, like `learned(params)`, and the sums; one micro-batch in memory at a time.
 
     Micro-batch m holds rows m::micro_batches, so that rows cut over devices stay where they are.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = gradient_of(loss)
 
     def pinned(gradients: Any) -> Any:  # without it a gradient can lose an axis of its parameter's sharding
-        return jax.lax.with_sharding_constraint(gradients, shardings)
+        return jax.lax.with_sharding_constraint(gradients, learned(shardings))
 
     if micro_batches == 1:
-        (_, sums), gradients = gradient(params, batch)
+        gradients, sums = gradient(params, batch)
         return pinned(gradients), sums
 
     def accumulate(carry: tuple[Any, LossSums], micro_batch: Batch) -> tuple[tuple[Any, LossSums], None]:
-        (_, sums), gradients = gradient(params, micro_batch)
+        gradients, sums = gradient(params, micro_batch)
         return (pinned(jax.tree.map(jnp.add, carry[0], gradients)), carry[1] + sums), None
 
-    zero = jnp.zeros((), jnp.float32)
-    zeros = pinned(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    micro = {key: split_rows(x_BT, micro_batches) for key, x_BT in batch.items()}
+    shapes = jax.eval_shape(loss, params, jax.tree.map(lambda x_MBT: x_MBT[0], micro))[1]
+    zeros = pinned(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), learned(params)))
     (gradients, sums), _ = jax.lax.scan(
         accumulate,
-        (zeros, LossSums(zero, zero, zero, zero, zero)),
-        {key: split_rows(x_BT, micro_batches) for key, x_BT in batch.items()},
+        (zeros, jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)),
+        micro,
     )
     return gradients, sums
+
+
+def gradient_of(loss: Loss) -> Callable[[Any, Batch], tuple[Any, LossSums]]:
+    """`(params, batch) -> (gradients of what learns, sums)`."""
+
+    def of_learned(new: Any, params: Any, batch: Batch) -> tuple[jax.Array, LossSums]:
+        return loss(with_learned(params, new), batch)
+
+    def gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
+        (_, sums), gradients = jax.value_and_grad(of_learned, has_aux=True)(learned(params), params, batch)
+        return gradients, sums
+
+    return gradient
 
 
 def split_rows(x_BT: Any, micro_batches: int) -> Any:
@@ -158,15 +177,18 @@ def update(
     sums: LossSums,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    bias_update_rate: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """Divide once, step the optimizer. Metrics, float32 scalars:
+    """Divide once, step the optimizer, then the selection biases (`ops.moe.updated_bias`). Metrics, float32 scalars:
 
     loss (nats per token), z_loss, total (their sum, what is minimised), accuracy, weight (loss tokens), grad_norm
-    (before clipping), update_norm, learning_rate (used for this update), finite (bool: all of these are).
+    (before clipping), update_norm, learning_rate (used for this update), finite (bool: all of these are); of models
+    with experts also those of `expert_metrics`.
     """
     gradients = jax.tree.map(lambda g: g / sums.weight, gradient_sums)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    before = learned(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, before)
+    params = with_learned(state.params, optax.apply_updates(before, updates))
     metrics = {
         "loss": sums.nll / sums.weight,
         "z_loss": sums.z / sums.weight,
@@ -177,5 +199,23 @@ def update(
         "update_norm": optax.tree.norm(updates),
         "learning_rate": schedule(state.step),
     }
+    if sums.moe is not None:
+        metrics |= expert_metrics(sums.moe, sums.weight)
+        if "router_bias" in before.get(LAYERS, {}):  # not while only adapters learn
+            bias_LE = updated_bias(params[LAYERS]["router_bias"], sums.moe.load_LE, bias_update_rate)
+            params = {**params, LAYERS: {**params[LAYERS], "router_bias": bias_LE}}
     metrics["finite"] = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def expert_metrics(sums: MoeSums, weight: jax.Array) -> Metrics:
+    """balance_loss (1 per layer when loads are even) and router_z_loss, both before their coefficients; expert_load_max
+    and expert_load_min (of any expert of any layer, as a multiple of even loads); dropped (assignments)."""
+    share_LE = sums.load_LE / jnp.maximum(sums.load_LE.mean(axis=1, keepdims=True), 1.0)
+    return {
+        "balance_loss": sums.balance / weight,
+        "router_z_loss": sums.z / weight,
+        "expert_load_max": share_LE.max(),
+        "expert_load_min": share_LE.min(),
+        "dropped": sums.dropped,
+    }

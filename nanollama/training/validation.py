@@ -64,8 +64,8 @@ def make_token_nll(decoder: Decoder, mesh: Mesh) -> Callable[[Params, Mapping[st
         hidden_BTD, _ = decoder.apply(
             {"params": params}, batch["tokens"], batch["positions"], batch["first_key"]
         )
-        chunk = decoder.compute.loss_chunk_tokens
-        logp_BT = token_log_probs(hidden_BTD, head(params), batch["targets"], chunk_tokens=chunk)
+        chunk, size = decoder.compute.loss_chunk_tokens, decoder.model.vocab_size
+        logp_BT = token_log_probs(hidden_BTD, head(params), batch["targets"], chunk_tokens=chunk, vocabulary=size)
         return -batch["weights"] * logp_BT
 
     whole = NamedSharding(mesh, PartitionSpec())

@@ -15,6 +15,7 @@ from nanollama.training.checkpoint import Checkpoints
 from nanollama.training.metrics import MetricsLog, NoLog, Throughput, memory_bytes
 
 _LOGGED = ("loss", "z_loss", "accuracy", "learning_rate", "grad_norm", "update_norm")
+_LOGGED_OF_EXPERTS = ("balance_loss", "router_z_loss", "expert_load_max", "expert_load_min", "dropped")
 
 
 class NotFinite(RuntimeError):
@@ -63,7 +64,8 @@ class Watch:
                 "source_tokens": dict(zip(self._loader.sources, self.source_tokens.tolist(), strict=True)),
                 "memory_bytes": memory_bytes(),
             }
-            self._log.train(step, {name: values[name] for name in _LOGGED}, host)
+            names = _LOGGED + (_LOGGED_OF_EXPERTS if self._config.model.moe else ())
+            self._log.train(step, {name: values[name] for name in names}, host)
 
     def _stop(self, step: int, values: dict[str, Any]) -> None:
         self._checkpoints.wait()

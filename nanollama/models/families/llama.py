@@ -1,7 +1,8 @@
 """Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases (arXiv:2302.13971, 2307.09288, 2407.21783).
 
-Our own presets are llama-micro to nanollama-1b; hidden and ffn sizes from 23M up are multiples of 128. The others
-are the published models: Llama 3.2 (1b, 3b), Llama 2 (7b, 13b), Llama 3.1 (8b). Parameter counts are in
+Our own presets are llama-micro to nanollama-1b; their hidden and ffn sizes are multiples of 256, which GGUF's k-quants
+need, but for llama-micro: 3 million parameters are too few for a width of 256, 4 layers and 8192 tokens. The others are
+the published models: Llama 3.2 (1b, 3b), Llama 2 (7b, 13b), Llama 3.1 (8b). Parameter counts are in
 `python -m nanollama.models`.
 """
 
@@ -48,19 +49,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "llama-23m": dict(
         vocab_size=16384,
-        hidden_size=384,
+        hidden_size=512,
         intermediate_size=1024,
-        num_layers=10,
-        num_heads=6,
-        num_kv_heads=2,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=4,
         head_dim=64,
         tie_embeddings=True,
     ),
     "llama-42m": dict(
         vocab_size=32000,
         hidden_size=512,
-        intermediate_size=1408,
-        num_layers=9,
+        intermediate_size=1536,
+        num_layers=8,
         num_heads=8,
         num_kv_heads=4,
         head_dim=64,

@@ -50,6 +50,7 @@ class Family:
     # never: config.json has the fields, but they must be off
     ignored: frozenset[str] = frozenset()  # fields without effect while the required ones hold
     special: frozenset[str] = frozenset()  # fields that `read` looks at
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # another spelling of a field -> the field
     read: Callable[[Mapping[str, Any], str], dict[str, Any]] = lambda values, where: {}  # more of our fields
     write: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}  # more of theirs
     left_out: Callable[[ModelConfig], str] = lambda model: ""  # pattern of tensors without a part in the next token
@@ -116,6 +117,7 @@ def read_config(config: Mapping[str, Any], name: str, family: Family, where: str
 
     Errors: ConfigError names the field that is unknown, missing, or has a value that we do not support.
     """
+    config = {family.aliases.get(field, field): value for field, value in config.items()}
     required = {**_REQUIRED_EVERYWHERE, **family.required}
     known = set(family.fields) | set(required) | family.ignored | family.special | _WITHOUT_EFFECT | _ROPE
     known |= _WINDOWS if family.windows != "none" else set()

@@ -85,6 +85,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         head_dim=128,
         tie_embeddings=True,
     ),
+    "qwen3-1.7b": dict(
+        **_QWEN3,
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        tie_embeddings=True,
+    ),
     "qwen3-4b": dict(
         **_QWEN3,
         vocab_size=151_936,

@@ -64,6 +64,7 @@ FAMILIES = {
         defaults=_DEFAULTS,
         required={**_REQUIRED, "attention_bias": False},
         ours={"qk_norm": True},
+        aliases={"num_local_experts": "num_experts"},  # as transformers 5 saves it
         windows="never",
         ignored=_IGNORED,
         special=frozenset({"mlp_only_layers"}),

@@ -1,0 +1,136 @@
+"""A tiktoken file (one base64 token and its rank a line) as a tokenizer.json that encodes alike.
+
+Owns the published kinds (Llama 3, Qwen, GPT-4, GPT-2): how each cuts texts before merging, and its special tokens,
+which the file itself does not hold. Knows no files; freezing is `data.hub_tokenizer`.
+"""
+
+import base64
+import binascii
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nanollama.data.files import DataError
+from nanollama.data.strict import nearest
+from nanollama.export.gguf_tokenizer import LLAMA3, QWEN2, split_steps
+
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a published tokenizer is besides its ranks."""
+
+    size: int  # ranks in a whole file
+    cut: str  # expression whose matches are merged apart
+    special: Sequence[str]  # behind the ranks, in order
+    bos: str | None
+    eos: str
+    stops: Sequence[str] = ()
+    normalizer: str = ""
+
+
+_LLAMA3_SPECIAL = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+    "<|python_tag|>", *(f"<|reserved_special_token_{number}|>" for number in range(2, 247)),
+)  # fmt: skip
+_QWEN2_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+KINDS = {
+    "llama3": Kind(
+        128_000, LLAMA3, _LLAMA3_SPECIAL, "<|begin_of_text|>", "<|end_of_text|>", ("<|eot_id|>", "<|eom_id|>")
+    ),
+    "qwen": Kind(151_643, QWEN2, _QWEN2_SPECIAL, None, "<|endoftext|>", ("<|im_end|>",), "NFC"),
+    "cl100k": Kind(100_256, LLAMA3, ("<|endoftext|>",), None, "<|endoftext|>"),
+    "gpt2": Kind(50_256, _GPT2, ("<|endoftext|>",), None, "<|endoftext|>"),
+}
+
+
+def tokenizer_json_of_ranks(data: bytes, kind: str, where: str) -> bytes:
+    """The tokenizer.json's bytes. Errors: DataError names the line that is no token, or the nearest kind."""
+    if kind not in KINDS:
+        raise DataError(f"--kind={kind}: {nearest(kind, list(KINDS))}")
+    ranks, about = read_ranks(data, where), KINDS[kind]
+    if len(ranks) != about.size:
+        raise DataError(f"{where}: {len(ranks)} ranks; {kind} has {about.size}: truncated, or of another kind.")
+    letters = byte_letters()
+    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    merges = [["".join(letters[byte] for byte in part) for part in pair] for pair in _merges(ranks)]
+    first = max(ranks.values()) + 1
+    added = [
+        dict(id=first + index, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False,
+             special=True)
+        for index, token in enumerate(about.special)
+    ]  # fmt: skip
+    file = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": about.normalizer} if about.normalizer else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": split_steps(about.cut)},
+        "post_processor": _begin_with(about.bos, first + about.special.index(about.bos)) if about.bos else None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        # ignore_merges: a piece that is a token is that token, whatever its merges
+        "model": dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                      end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=True, vocab=vocab,
+                      merges=merges),
+    }  # fmt: skip
+    return (json.dumps(file, ensure_ascii=False) + "\n").encode()
+
+
+def read_ranks(data: bytes, where: str) -> dict[bytes, int]:
+    """Rank of each token. Errors: DataError names the line."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line:
+            continue
+        try:
+            text, rank = line.split()
+            token = base64.b64decode(text, validate=True)
+            value = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise DataError(
+                f"{where}:{number}: not a base64 token and its rank: damaged or no tiktoken file. Download it again."
+            ) from error
+        if token in ranks:
+            raise DataError(f"{where}:{number}: a token that line {ranks[token] + 1} has too: damaged.")
+        ranks[token] = value
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise DataError(f"{where}: ranks are not 0 to {len(ranks) - 1}: truncated or damaged. Download it again.")
+    return ranks
+
+
+def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pairs that make each token, by rank. tiktoken joins whichever neighbours make the lowest token, so all are
+    needed; those of one token by their own ranks."""
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
+def byte_letters() -> list[str]:
+    """The printable letter that byte-level BPE writes for each byte: itself, or one from U+0100 on."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, extra = [], 0x100
+    for byte in range(256):
+        letters.append(chr(byte if byte in shown else extra))
+        extra += byte not in shown
+    return letters
+
+
+def _begin_with(bos: str, number: int) -> dict[str, Any]:
+    first: list[dict[str, Any]] = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": [*first, *second],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }
