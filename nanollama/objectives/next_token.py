@@ -19,10 +19,13 @@ from nanollama.parallel import context
 Batch = dict[str, jax.Array]
 
 
-def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> tuple[jax.Array, LossSums]:
+def loss_sums(
+    params: Any, batch: Batch, decoder: Decoder, loss: LossConfig, *, micro_batches: int = 0
+) -> tuple[jax.Array, LossSums]:
     """(sum to minimise, all sums) over the batch's tokens, float32; ready for `jax.value_and_grad(has_aux=True)`.
 
     batch: tokens, targets, positions, first_key [B, T] int32; weights [B, T] float32, 0 where nothing is learned.
+    micro_batches: that pass through the mesh's pipeline stages, where it has some.
     """
     moe, pieces = decoder.model.moe, context.size() > 1
     real_BT = None if moe is None else real_tokens(batch["first_key"])
@@ -38,6 +41,7 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
         batch["first_key"],
         real_BT=real_BT,
         starts_B=context.starts(*batch["tokens"].shape) if pieces else None,
+        micro_batches=micro_batches,
         mutable=[ROUTERS],
         rngs=rngs,
     )

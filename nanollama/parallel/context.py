@@ -43,6 +43,20 @@ def starts(rows: int, length: int) -> jax.Array:
     return (jnp.where(late == 1, 2 * count - 1 - device, device) * length).astype(jnp.int32)
 
 
+def split_rows(x_P: jax.Array, micro_batches: int, *, pieces: bool) -> jax.Array:
+    """[B, ...] -> [M, B / M, ...]: micro-batch m has the rows m::M (or their pieces), where they are."""
+    count, pair = (size(), 2) if pieces else (1, 1)
+    x = x_P.reshape(count, -1, micro_batches, pair, *x_P.shape[1:])
+    return jnp.moveaxis(x, 2, 0).reshape(micro_batches, -1, *x_P.shape[1:])
+
+
+def join_rows(x_MP: jax.Array, *, pieces: bool) -> jax.Array:
+    """The inverse of `split_rows`."""
+    count, pair = (size(), 2) if pieces else (1, 1)
+    x = x_MP.reshape(x_MP.shape[0], count, -1, pair, *x_MP.shape[2:])
+    return jnp.moveaxis(x, 0, 2).reshape(-1, *x_MP.shape[2:])
+
+
 def row_sums(x_P: jax.Array, axis: int = 0) -> jax.Array:
     """Sums over the pieces of each row: an axis of C * B * 2 becomes one of B."""
     count = size()

@@ -15,7 +15,7 @@ from nanollama.config import ConfigError, MeshConfig
 from nanollama.data.strict import nearest
 
 # The fields of MeshConfig; neighbours along the last are nearest.
-AXES = ("data", "fsdp", "expert", "context", "tensor")
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # each device along them has its own rows
 
 # Logical axis -> mesh axes its dimension is cut over. None = whole on every device.
@@ -32,7 +32,8 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "router": None,  # the router's outputs, one per expert
     "latent": None,  # what latent attention compresses to
     "vocab": ("tensor",),
-    "layers": None,
+    "layers": ("stage",),
+    "stage": ("stage",),  # what each pipeline stage works on
     "norm": None,
     "rank": None,  # of an adapter
     "added": None,  # rows of added tokens

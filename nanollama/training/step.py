@@ -115,11 +115,13 @@ def make_gradient(
     config: Config, decoder: Decoder, mesh: Mesh, shardings: TrainState
 ) -> Callable[[Any, Batch], tuple[Any, LossSums]]:
     """`gradient(params, batch) -> (gradients of the summed loss, sums)`, to be traced inside a jitted step."""
-    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
+    # With pipeline stages all micro-batches go through in one pass, one behind the other.
+    through, apart = (config.batch.micro_batches, 1) if mesh.shape["stage"] > 1 else (0, config.batch.micro_batches)
+    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss, micro_batches=through)
 
     def gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return sum_gradients(loss, params, batch, config.batch.micro_batches, shardings.params)
+            return sum_gradients(loss, params, batch, apart, shardings.params)
 
     return gradient
 
