@@ -286,6 +286,11 @@ def parameter_infos(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
+def restore_parameter(folder: str | Path, name: str) -> np.ndarray:
+    """One parameter ("layers/query") of a step folder, whole, on the host."""
+    return parameter_reader(folder, name, 0)(())
+
+
 def parameter_reader(folder: str | Path, name: str, stacked: int) -> Callable[[tuple[int, ...]], np.ndarray]:
     """Reads one parameter ("layers/query") of a step folder part by part, by an index of its first `stacked` axes.
 
@@ -299,7 +304,7 @@ def parameter_reader(folder: str | Path, name: str, stacked: int) -> Callable[[t
         array = ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
     except ValueError as error:
         raise CheckpointError(f"{folder}: {name} cannot be read: {error}. Is the folder whole?") from error
-    sizes = array.chunk_layout.read_chunk.shape[:stacked]
+    sizes: tuple[int, ...] = tuple(array.chunk_layout.read_chunk.shape)[:stacked]  # type: ignore[arg-type]
     kept: dict[tuple[int, ...], np.ndarray] = {}
 
     def read(index: tuple[int, ...]) -> np.ndarray:
