@@ -211,7 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workdir, given = options.workdir or Path("runs") / config.name, run_folder.as_given(options.config, overrides)
         place = distributed.find(options.coordinator, options.processes, options.process)
         with distributed.join(place, run_folder.facts(config), options.join_timeout) as team:
-            backend.start(elastic=config.determinism == "elastic", devices=options.devices)
+            elastic_mode = config.determinism == "elastic"
+            backend.start(elastic=elastic_mode, devices=options.devices, processes=team.processes)
             train(config, workdir, resume=options.resume, given=given, team=team)
     except (ConfigError, DataError, TeamError, backend.BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
