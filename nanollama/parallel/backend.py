@@ -47,7 +47,8 @@ def start(*, elastic: bool = False, devices: int | None = None, processes: int =
     """Prepare the JAX backend and check that it computes correctly; call before any use of `jax.devices()`.
 
     `elastic` pins the CPU thread pool, which the elastic determinism mode needs. `devices` asks for that many
-    virtual CPU devices; `processes` is how many processes share the run. Calling again with the same needs does nothing. A user's own XLA_FLAGS,
+    virtual CPU devices; `processes` is how many processes share the run. Calling again with the same needs does
+    nothing. A user's own XLA_FLAGS,
     JAX_COMPILATION_CACHE_DIR and (outside elastic mode) NPROC are respected.
 
     Errors: BackendError on a jaxlib known to be wrong or found to be wrong, or when the backend already runs
@@ -66,7 +67,8 @@ def start(*, elastic: bool = False, devices: int | None = None, processes: int =
         if elastic:
             os.environ["NPROC"] = str(ELASTIC_THREADS)
         elif processes > 1:  # a collective of gloo blocks its thread: with too few for all devices none goes on
-            os.environ.setdefault("NPROC", str(max(pool_threads(), GLOO_THREADS * (devices or 1))))
+            # At least as many as elastic runs, so that 2 x 2 and 4 x 1 devices share a pool size, and so their bits.
+            os.environ.setdefault("NPROC", str(max(pool_threads(), ELASTIC_THREADS, GLOO_THREADS * (devices or 1))))
         if devices is not None:
             jax.config.update("jax_num_cpu_devices", devices)
         _use_compilation_cache()
