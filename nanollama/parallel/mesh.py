@@ -125,7 +125,7 @@ def process_block(mesh: Mesh) -> tuple[int, int]:
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     slices = batch_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
-    rows = {row for rows, _ in slices for row in range(*rows.indices(shards))}
+    rows = {row for where in slices if where is not None for row in range(*where[0].indices(shards))}
     low, count = min(rows), len(rows)
     if rows != set(range(low, low + count)) or low % count or shards % count:
         raise ConfigError(
