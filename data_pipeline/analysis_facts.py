@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from data_pipeline.account import WISHES
 from data_pipeline.corpus_format import read_manifest, read_shard
+from data_pipeline.documents import language_of
 from data_pipeline.mixture_schema import BYTES_PER_TOKEN
 from data_pipeline.progress import Progress
 from nanollama.data.files import DataError, read_json
@@ -21,7 +22,6 @@ from nanollama.data.packed import DOCUMENTS_FILE, MANIFEST_FILE
 
 BINS_PER_OCTAVE = 8  # a percentile is known to within 9 %
 _BINS = 64 * BINS_PER_OCTAVE
-UNKNOWN = "not known"
 
 
 @dataclasses.dataclass
@@ -170,16 +170,6 @@ def _read_shard(corpus: str | os.PathLike[str], shard: dict[str, Any], dataset: 
             if progress is not None:
                 progress.update(dataset.name, dataset.lengths.documents / max(dataset.kept, 1))
     dataset.lengths.add(np.array(held, np.int64))
-
-
-def language_of(meta: dict[str, Any]) -> str:
-    """The language a document's source or the language filter names."""
-    attributes = meta.get("attributes")
-    for value in ((attributes if isinstance(attributes, dict) else {}).get("language"), meta.get("lang"),
-                  meta.get("language")):
-        if isinstance(value, str) and value:
-            return value[:40]
-    return UNKNOWN
 
 
 def _packed_sets(packed: str | os.PathLike[str], corpus_sha256: str) -> list[tuple[Path, dict[str, Any]]]:

@@ -29,7 +29,7 @@ def render(facts: dict[str, Any], analysis: Analysis, formulas: Sequence[tuple[s
     page, style = ((templates / f"analysis.{end}").read_text("utf-8") for end in ("html", "css"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(size=size, count=lambda value: "?" if value is None else f"{value:,.0f}",
-                               tokens=_tokens, percent=_percent, length=lambda value: f"{value:,.0f}")
+                               tokens=_tokens, percent=_percent, passes=_passes, length=lambda value: f"{value:,.0f}")
     lengths = _all_lengths(analysis)
     return environment.from_string(page).render(
         facts=facts, rows=facts["datasets"], metadata=facts["metadata"], policy=POLICY, style=Markup(style),
@@ -151,6 +151,10 @@ def _tokens(value: float | None) -> str:
 
 def _percent(value: float) -> str:
     return f"{value:.1%}" if value >= 0.0995 or value == 0 else f"{value:.2%}"
+
+
+def _passes(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def _duration(seconds: float) -> str:

@@ -93,7 +93,7 @@ listed in `{manifest['dropped']['path']}` with its place and reason.
 ## How it was filtered
 
 {table(['dataset', 'filters, in this order'], filters, text=(0, 1))}
-
+{_steps(manifest.get('steps', []))}
 Validation documents ({config['validation']['ratio']:.1%}, seed {config['validation']['seed']}) are split
 off at packing, by a hash of the text.
 
@@ -110,6 +110,26 @@ def _source(settings: dict[str, Any]) -> str:
     text = source if isinstance(source, str) else ", ".join(source)
     extra = [settings[key] for key in ("subset", "revision") if settings[key]]
     return f"{text} ({settings['format']}{', ' + ', '.join(extra) if extra else ''})"
+
+
+def _steps(steps: Sequence[dict[str, Any]]) -> str:
+    """The steps over the whole corpus, and which evaluation sets were not there to be compared with."""
+    if not steps:
+        return ""
+    rows = []
+    for step in steps:
+        left_out = ("section", "type", "resources", "summary")
+        asked = [f"{key} {value}" for key, value in step.items() if key not in left_out and value]
+        rows.append([step["section"], step["type"], ", ".join(asked) or "-"])
+    text = "\nThen, over the whole corpus:\n\n" + table(["section", "step", "parameters"], rows, text=(0, 1, 2)) + "\n"
+    for step in steps:
+        sets = step.get("summary", {}).get("sets", {})
+        missing = [name for name, one in sets.items() if one["status"] == "missing"]
+        if sets:
+            text += f"\nCompared with {len(sets) - len(missing)} evaluation sets"
+            text += (f"; **not compared**, because they are not on this machine: {', '.join(missing)}.\n" if missing
+                     else ".\n")
+    return text
 
 
 def _filters(settings: dict[str, Any]) -> str:

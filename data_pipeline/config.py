@@ -105,6 +105,7 @@ def _check(mixture: MixtureConfig, given: list[bool]) -> None:
     for section in SECTIONS:
         for index, item in enumerate(getattr(mixture, section)):
             make_step(section, item, f"{ROOT}.{section}[{index}]")
+    _check_targets(mixture)
     _check_metadata(mixture.metadata)
     names: set[str] = set()
     for index, dataset in enumerate(mixture.datasets):
@@ -117,6 +118,16 @@ def _check(mixture: MixtureConfig, given: list[bool]) -> None:
     if not 0 <= mixture.validation.ratio < 1:
         raise FieldError(f"{ROOT}.validation.ratio", f"{mixture.validation.ratio} is not in [0, 1)",
                          "Try 0.02.")
+
+
+def _check_targets(mixture: MixtureConfig) -> None:
+    """What a selection step is to be like is a dataset of the mixture, or a file."""
+    names = [dataset.name for dataset in mixture.datasets]
+    for index, item in enumerate(mixture.selection):
+        for target in item.get("target", ()):
+            if target not in names and not any(mark in target for mark in "/.$*"):
+                raise FieldError(f"{ROOT}.selection[{index}].target", f"{target!r} is neither a dataset of the mixture "
+                                 "nor a path", nearest(target, names))
 
 
 def _check_metadata(metadata: Metadata) -> None:

@@ -42,7 +42,7 @@ class CorpusStep(Protocol):
 
     `features` runs per shard, in any process and order. `resolve` runs once, after all of them, with the shards
     in the corpus's order; its result depends on that order and on nothing of how `features` was run. It keeps
-    what grows with the corpus in files under `work`.
+    what grows with the corpus in files under `work`. A step may have `summary()`: facts for the manifest, as JSON.
     """
 
     version: ClassVar[int]  # raised when the same input would be judged otherwise

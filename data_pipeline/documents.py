@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+UNKNOWN_LANGUAGE = "not known"
 MAX_META_CHARACTERS = 512  # longer strings are content, not facts about the document
 _ISO_DATE = re.compile(r"\s*([12]\d{3})(?:-(0[1-9]|1[0-2])(?:-(0[1-9]|[12]\d|3[01]))?)?(?![\d/])")
 _WORD_DATE = re.compile(r"\b(\d{1,2})[ -]([A-Za-z]{3})[a-z]*[ -]([12]\d{3})\b")  # 26-FEB-1987, 3 Jan 2020
@@ -119,6 +120,16 @@ def iso_date(value: Any) -> str | None:
     if (found := _WORD_DATE.search(value)) is not None and found[2].lower() in _MONTHS:
         return f"{found[3]}-{_MONTHS[found[2].lower()]:02d}-{int(found[1]):02d}"
     return None
+
+
+def language_of(meta: Mapping[str, Any]) -> str:
+    """The language that the language filter, or else the source, names."""
+    attributes = meta.get("attributes")
+    for value in ((attributes if isinstance(attributes, dict) else {}).get("language"), meta.get("lang"),
+                  meta.get("language")):
+        if isinstance(value, str) and value:
+            return value[:40]
+    return UNKNOWN_LANGUAGE
 
 
 def text_digest(encoded: bytes) -> bytes:

@@ -57,7 +57,8 @@ def read_task(dataset: DatasetConfig, part: Part, inputs: list[Any], cache: Path
     # a capped head is read in small shards: reading on goes by whole shards
     shard_bytes = SHARD_BYTES if not reads_head(dataset) else min(SHARD_BYTES, dataset.max_bytes or SHARD_BYTES)
     key = sha256_json({
-        "stage": "read", "version": STAGE_VERSION, "format": format_of(dataset), "part": part.name,
+        "stage": "read", "version": STAGE_VERSION, "format": format_of(dataset), "head": reads_head(dataset),
+        "split": getattr(part, "split", None),  # of a set that keeps its splits in one folder
         "settings": {name: to_mapping(getattr(dataset, name)) for name in _READING},
         "inputs": [dataclasses.asdict(row) for row in inputs], "shard_bytes": shard_bytes, "shard_rows": SHARD_ROWS,
         "python": platform.python_version() if format_of(dataset) == "docstrings" else None})
@@ -70,13 +71,16 @@ def reads_head(dataset: DatasetConfig) -> bool:
 
 
 def read_part(task: ReadTask) -> ReadResult:
-    """Read on from the last finished shard until the end, or until enough. Errors: DataError."""
+    """Read on from the last finished shard until the end, or until enough. Of what an earlier run read further,
+    nothing is returned: the result depends on what is wanted alone. Errors: DataError."""
     directory = Path(task.directory)
     directory.mkdir(parents=True, exist_ok=True)
     markers = _finished(directory)
     shown: list[str] = []
     if not _enough(markers, task.wanted):
         _read_on(task, directory, markers, shown)
+    while len(markers) > 1 and _enough(markers[:-1], task.wanted):
+        markers.pop()
     return ReadResult(markers, shown, bool(markers) and markers[-1]["last"])
 
 
@@ -107,7 +111,7 @@ def _finished(directory: Path) -> list[dict[str, Any]]:
 
 def _enough(markers: list[dict[str, Any]], wanted: int | None) -> bool:
     if markers and markers[-1]["last"]:
-        return True
+        return True  # no more to be had
     return wanted is not None and sum(marker["bytes"] for marker in markers) >= wanted
 
 

@@ -6,7 +6,7 @@ be made in any process and order) and the list of dropped rows. Knows no stage.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class OutputTask:
     dataset: str
     pieces: tuple[Piece, ...]
     path: str  # in the cache, named by what decides its bytes
+    origins: bool  # whether a rewritten document names its text as it was read
 
     @property
     def label(self) -> str:
@@ -55,8 +56,11 @@ class DropsTask:
     rows: str  # of the table
 
 
-def plan_outputs(shards: Sequence[Shard], facts: Sequence[Facts], cache: Path) -> list[OutputTask]:
-    """The files of the corpus in their order: documents in theirs, a file of one dataset, of SHARD_BYTES or less."""
+def plan_outputs(shards: Iterable[tuple[Shard, Facts]], cache: Path, origins: bool) -> list[OutputTask]:
+    """The files of the corpus in their order: documents in theirs, a file of one dataset, of about SHARD_BYTES.
+
+    `origins`: another dataset is made from texts as they are read (docstrings), and packing must be able to tell.
+    """
     tasks: list[OutputTask] = []
     pieces: list[Piece] = []
     held = 0
@@ -64,13 +68,14 @@ def plan_outputs(shards: Sequence[Shard], facts: Sequence[Facts], cache: Path) -
     def close() -> None:
         nonlocal held
         if pieces:
-            key = sha256_json(["output", STAGE_VERSION, [[piece.shard.dataset, piece.shard.key, piece.start, piece.stop]
-                                                         for piece in pieces]])
-            tasks.append(OutputTask(pieces[0].shard.dataset, tuple(pieces), str(cache / f"{key[:32]}.jsonl")))
+            members = [[piece.shard.dataset, piece.shard.key, piece.start, piece.stop] for piece in pieces]
+            key = sha256_json(["output", STAGE_VERSION, origins, members])
+            tasks.append(OutputTask(pieces[0].shard.dataset, tuple(pieces), str(cache / f"{key[:32]}.jsonl"),
+                                    origins))
         pieces.clear()
         held = 0
 
-    for shard, fact in zip(shards, facts, strict=True):
+    for shard, fact in shards:
         if pieces and pieces[0].shard.dataset != shard.dataset:
             close()
         start = 0
@@ -96,7 +101,7 @@ def write_output(task: OutputTask) -> dict[str, Any]:
     with ShardWriter(path) as writer:
         for piece in task.pieces:
             shard = piece.shard
-            rewritten = any(sidecar.new_texts() for sidecar in shard.sidecars)
+            rewritten = task.origins and any(sidecar.new_texts() for sidecar in shard.sidecars)
             for part in read_slices(shard, ("id", "text", "meta", "digest", ATTRIBUTES), piece.start, piece.stop):
                 for row in part.table.iter_rows(named=True):
                     writer.write(f"{shard.dataset}/{row['id']}", row["text"], shard.dataset, _meta(row, rewritten))

@@ -6,7 +6,6 @@ formulas from the datasets' sizes to their weights. Knows nothing of how a step 
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -83,29 +82,6 @@ class UniMax:
         return weights.unimax(sizes, self.max_epochs * sum(sizes) if budget is None else budget, self.max_epochs)
 
 
-@dataclasses.dataclass(frozen=True)
-class Curriculum:
-    """mix_ratio between datasets; inside them documents from easy to hard by an attribute."""
-
-    formula: ClassVar[str] = "p_i = mix_ratio_i; inside a dataset `stages` equal parts, ordered by the attribute"
-    method: Literal["curriculum"] = "curriculum"
-    by: str = "perplexity"
-    order: Literal["ascending", "descending"] = "ascending"
-    stages: int = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Temporal:
-    """mix_ratio between datasets; inside them a document's weight halves with its age."""
-
-    formula: ClassVar[str] = (
-        "p_i = mix_ratio_i; inside a dataset w_d = 2 ** (-years before reference / half_life_years)")
-    method: Literal["temporal"] = "temporal"
-    reference: str = ""  # YYYY-MM-DD; empty: the newest document
-    half_life_years: float = 2.0
-    undated: float = 0.5  # weight of documents without a date
-
-
 SECTIONS: dict[str, dict[str, type]] = {
     "deduplication": {"exact": ExactDeduplication, "minhash": MinHashDeduplication, "simhash": SimHashDeduplication},
     "decontamination": {"decontaminate": Decontamination},
@@ -114,7 +90,7 @@ SECTIONS: dict[str, dict[str, type]] = {
 }
 METHODS: dict[str, type] = {
     "weighted": Weighted, "proportional": Proportional, "alpha": Alpha, "temperature": Temperature,
-    "unimax": UniMax, "curriculum": Curriculum, "temporal": Temporal,
+    "unimax": UniMax,
 }
 BY_SIZE = ("proportional", "alpha", "temperature", "unimax")  # weights computed from the datasets' tokens
 
@@ -126,6 +102,10 @@ def make_step(section: str, mapping: Any, where: str) -> Any:
 
 def make_sampling(mapping: Any, where: str) -> Any:
     """The sampling method that `mapping` describes. Raises FieldError."""
+    if isinstance(mapping, Mapping) and mapping.get("method") in SECTIONS["selection"]:
+        name = mapping["method"]
+        raise FieldError(f"{where}.method", f"{name!r} decides between documents, not between datasets",
+                         f"Write it as a step: selection: [{{type: {name}}}].")
     return _make(METHODS, "method", mapping, where, "sampling method")
 
 
@@ -162,11 +142,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "undated": (lambda value: 0 <= value <= 1, "a number in [0, 1]"),
     "rates": (lambda value: all(0 <= rate <= 1 for rate in value.values()), "a mapping of values to shares in [0, 1]"),
     "ngram": (_positive, "a number above 0"),
-    "stages": (_positive, "a number above 0"),
     "alpha": (_positive, "a number above 0"),
     "temperature": (_positive, "a number above 0"),
     "max_epochs": (_positive, "a number above 0"),
     "half_life_years": (_positive, "a number above 0"),
-    "reference": (lambda value: re.fullmatch(r"(\d{4}-\d{2}-\d{2})?", value) is not None,
-                  "a date in quotes, '2024-12-31'"),
 }

@@ -1,7 +1,7 @@
 """`python -m data_pipeline.tokenizer --corpus=DIR --output=DIR --vocab-size=8192`: train and freeze it.
 
-Owns the sampling rule, the SentencePiece settings, and the refusal to replace a frozen tokenizer. Knows
-nothing of packing. Measuring is in `tokenizer_report`, the frozen format in `nanollama.data.tokenizer`.
+Owns the SentencePiece settings and the refusal to replace a frozen tokenizer. Knows nothing of packing. The sampling
+rule is in `tokenizer_sample`, measuring in `tokenizer_report`, the frozen format in `nanollama.data.tokenizer`.
 
 Why these settings (measured on the quickstart corpus, vocabulary 8,192):
 - Newlines stay in the training text as ordinary characters, so pieces such as ":\\n" and ")\\n\\n" exist:
@@ -29,16 +29,14 @@ import sentencepiece
 
 from data_pipeline import tokenizer_report
 from data_pipeline.corpus_format import read_manifest, read_shard
-from data_pipeline.documents import hash_fraction, text_digest
 from data_pipeline.progress import Progress
 from data_pipeline.stage import WORK, command, disk_full_explained, work_directory
+from data_pipeline.tokenizer_sample import CHUNK_BYTES, plan_sample
 from nanollama.data.files import DataError, Lock, read_json, sha256_json, write_atomic
 from nanollama.data.tokenizer import CARD_FILE, MANIFEST_FILE, MODEL_FILE, Tokenizer, copy_tokenizer, freeze
 
-STAGE_VERSION = 1  # raise it when the same inputs would give another tokenizer
-CHUNK_BYTES = 4_000  # SentencePiece skips longer "sentences"; documents are cut at line ends
+STAGE_VERSION = 2  # raise it when the same inputs would give another tokenizer
 THREADS = 4  # fixed: the unigram trainer sums in an order that depends on it, and the file records it
-COVERAGE = 0.9999  # rarer characters are spelled in bytes; all of them would cost 200 of 8,192 pieces
 PAD_PIECE = "<|pad|>"
 
 
@@ -50,6 +48,11 @@ class TokenizerConfig:
     algorithm: str = "bpe"
     seed: int = 0
     sample_mb: float = 100.0  # the trainer holds about ten times this in memory
+    language_alpha: float = 1.0  # a language's part of a source is its bytes to this power; below 1 lifts rare ones
+    holdout: float = 0.0  # share of the documents that is only measured on
+    # Share of the text's characters that get a piece; rarer ones are spelled in bytes. All of them would cost 200 of
+    # 8,192 pieces on the quickstart corpus. Chinese, Japanese and many scripts want 0.9995.
+    character_coverage: float = 0.9999
 
     def check(self) -> None:
         """Raises DataError on values that cannot work."""
@@ -61,6 +64,12 @@ class TokenizerConfig:
                 "more.")
         if self.sample_mb <= 0:
             raise DataError(f"--sample-mb={self.sample_mb}: give a number above 0.")
+        if not 0 <= self.language_alpha <= 1:
+            raise DataError(f"--language-alpha={self.language_alpha}: give 0 (all alike) to 1 (as they come).")
+        if not 0.9 <= self.character_coverage <= 1:
+            raise DataError(f"--character-coverage={self.character_coverage}: give 0.9995 to 1.")
+        if not 0 <= self.holdout < 1:
+            raise DataError(f"--holdout={self.holdout}: give a number in [0, 1), such as 0.1.")
 
 
 def build_tokenizer(corpus: str | os.PathLike[str],
@@ -96,7 +105,8 @@ def build_tokenizer(corpus: str | os.PathLike[str],
                               "fingerprint": fingerprint, "config": dataclasses.asdict(config),
                               "sentencepiece": sentencepiece.__version__, "sample": sample
                           })
-            report = tokenizer_report.measure(made, corpus, manifest, progress)
+            report = tokenizer_report.measure(made, corpus, manifest, progress, seed=config.seed,
+                                              holdout=config.holdout)
         write_atomic(work / CARD_FILE, tokenizer_report.card(made, report))
         _put_in_place(output, made, replace)
         shutil.rmtree(output / WORK, ignore_errors=True)
@@ -133,20 +143,22 @@ def _put_in_place(output: Path, made: Tokenizer, replace: bool) -> None:
 def _train(corpus: str | os.PathLike[str], manifest: dict[str, Any], config: TokenizerConfig,
            progress: Progress) -> tuple[bytes, dict[str, Any]]:
     """(model bytes, account of the sample)."""
-    rates = sample_rates(manifest, int(config.sample_mb * 1e6))
-    sample: dict[str, Any] = {
-        "rule": f"documents whose hash of text and seed {config.seed} falls under their source's rate",
-        "rates": rates, "documents": 0, "bytes": 0
-    }
+    plan = plan_sample(corpus, manifest, int(config.sample_mb * 1e6), seed=config.seed,
+                       language_alpha=config.language_alpha, holdout=config.holdout)
+    sample: dict[str, Any] = {**plan.described(), "documents": 0, "bytes": 0}
     failed: list[Exception] = []
 
     def sentences() -> Iterator[str]:
         try:
-            for row in sampled_rows(corpus, manifest, rates, config.seed):
-                sample["documents"] += 1
-                sample["bytes"] += len(row["text"].encode())
-                progress.update("sampling and training", None, f"{sample['bytes'] / 1e6:.1f} MB read")
-                yield from chunks(row["text"])
+            for shard in manifest["shards"]:
+                for row in read_shard(corpus, shard):
+                    drawn = 0
+                    for piece in plan.pieces(row, shard["dataset"]):
+                        drawn += len(piece.encode())
+                        yield piece
+                    sample["documents"] += drawn > 0
+                    sample["bytes"] += drawn
+                    progress.update("sampling and training", None, f"{sample['bytes'] / 1e6:.1f} MB drawn")
         except Exception as error:  # the C++ caller would turn it into an abort
             failed.append(error)
 
@@ -167,60 +179,11 @@ def _settings(config: TokenizerConfig) -> dict[str, Any]:
     return {
         "model_type": config.algorithm, "vocab_size": config.vocab_size, "hard_vocab_limit": True,
         "normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False,
-        "byte_fallback": True, "character_coverage": COVERAGE, "split_digits": True,
+        "byte_fallback": True, "character_coverage": config.character_coverage, "split_digits": True,
         "allow_whitespace_only_pieces": True, "max_sentence_length": 2 * CHUNK_BYTES,
         "input_sentence_size": 0, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3, "pad_piece": PAD_PIECE,
         "num_threads": THREADS, "minloglevel": 2
     }
-
-
-def sample_rates(manifest: dict[str, Any], budget: int) -> dict[str, float]:
-    """{source: share of its documents to sample}: together about `budget` bytes, in the ratio of the mixture.
-
-    A source smaller than its part is taken whole, and what it leaves goes to the others.
-    """
-    sizes = {row["name"]: row["bytes"] for row in manifest["datasets"] if row["bytes"]}
-    weights = {row["name"]: row["mix_ratio"] for row in manifest["datasets"]}
-    rates: dict[str, float] = {}
-    while open_names := [name for name in sizes if name not in rates]:
-        total = sum(weights[name] for name in open_names)
-        part = {name: budget * weights[name] / total for name in open_names}
-        whole = [name for name in open_names if sizes[name] <= part[name]]
-        if not whole:
-            rates.update({name: part[name] / sizes[name] for name in open_names})
-        for name in whole:
-            rates[name] = 1.0
-            budget -= sizes[name]
-    return {name: rates[name] for name in sizes}
-
-
-def sampled_rows(corpus: str | os.PathLike[str], manifest: dict[str, Any], rates: dict[str, float],
-                 seed: int) -> Iterator[dict[str, Any]]:
-    """The sampled rows in corpus order."""
-    for shard in manifest["shards"]:
-        rate = rates[shard["dataset"]]
-        for row in read_shard(corpus, shard):
-            if rate >= 1 or hash_fraction(text_digest(row["text"].encode()), seed, "tokenizer") < rate:
-                yield row
-
-
-def chunks(text: str, limit: int = CHUNK_BYTES) -> Iterator[str]:
-    """`text` cut at line ends into pieces of at most `limit` bytes, newlines kept; longer lines are torn."""
-    held: list[str] = []
-    size = 0
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
-        length = len(line.encode())
-        if size + length > limit and held:
-            yield "".join(held)
-            held, size = [], 0
-        if length > limit:
-            step = limit // 4  # characters of up to four bytes
-            yield from (line[at:at + step] for at in range(0, len(line), step))
-        else:
-            held.append(line)
-            size += length
-    if held:
-        yield "".join(held)
 
 
 def _explained(error: RuntimeError, config: TokenizerConfig, sample: dict[str, Any]) -> DataError:
@@ -234,7 +197,8 @@ def _explained(error: RuntimeError, config: TokenizerConfig, sample: dict[str, A
             "a larger corpus.")
     if (smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text)) is not None:
         return DataError(f"{what}: too small for the characters of the corpus; the smallest possible is "
-                         f"{int(smallest[1]) + 1}.")
+                         f"{int(smallest[1]) + 1}. Or lower --character-coverage={config.character_coverage:g}: rarer "
+                         "characters are then spelled in bytes.")
     return DataError(f"{what}: SentencePiece stopped: {text}")
 
 
@@ -252,10 +216,17 @@ def _main() -> None:
                         type=float,
                         default=TokenizerConfig.sample_mb,
                         help="text to train on, at most about")
+    parser.add_argument("--language-alpha", type=float, default=TokenizerConfig.language_alpha,
+                        help="languages by their bytes to this power: 1 as they come, 0.3 lifts rare ones")
+    parser.add_argument("--holdout", type=float, default=TokenizerConfig.holdout,
+                        help="share of the documents to measure on and never train on")
+    parser.add_argument("--character-coverage", type=float, default=TokenizerConfig.character_coverage,
+                        help="share of the text's characters that get a piece; 0.9995 for many scripts")
     parser.add_argument("--replace", action="store_true", help="replace another tokenizer in --output")
     arguments = parser.parse_args()
     start = time.monotonic()
-    config = TokenizerConfig(arguments.vocab_size, arguments.algorithm, arguments.seed, arguments.sample_mb)
+    config = TokenizerConfig(arguments.vocab_size, arguments.algorithm, arguments.seed, arguments.sample_mb,
+                             arguments.language_alpha, arguments.holdout, arguments.character_coverage)
     made = build_tokenizer(arguments.corpus, arguments.output, config, replace=arguments.replace)
     print((made.directory
            / CARD_FILE).read_text(encoding="utf-8").split("\n## ")[1].removeprefix("Measured\n\n"))

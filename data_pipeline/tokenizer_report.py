@@ -13,12 +13,13 @@ import numpy as np
 
 from data_pipeline import cards
 from data_pipeline.corpus_format import read_shard
-from data_pipeline.documents import hash_fraction, text_digest
+from data_pipeline.documents import UNKNOWN_LANGUAGE, hash_fraction, language_of, text_digest
 from data_pipeline.progress import Progress
+from data_pipeline.tokenizer_sample import held_out
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer
 
-HEADER = ["source", "documents", "characters/token", "bytes/token", "unknown", "byte pieces",
+HEADER = ["documents", "characters/token", "bytes/token", "unknown", "byte pieces",
           "exact round trip", "encode, one core"]
 MEASURED_BYTES = 2_000_000  # per source; enough for three digits
 # What breaks tokenizers: each must come back exactly.
@@ -52,27 +53,47 @@ class Measures:
     exact: int = 0
     seconds: float = 0.0
 
+    def add(self, other: "Measures") -> None:
+        """Add the sums of `other`."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
-def measure(tokenizer: Tokenizer, corpus: str | os.PathLike[str], manifest: dict[str, Any],
-            progress: Progress) -> dict[str, Measures]:
-    """{source: Measures} on documents drawn by hash, about 2 MB each.
 
-    Errors: DataError when a text does not come back exactly.
+@dataclasses.dataclass
+class Report:
+    """The same documents, summed by source and by language."""
+
+    sources: dict[str, Measures]
+    languages: dict[str, Measures]
+
+
+def measure(tokenizer: Tokenizer, corpus: str | os.PathLike[str], manifest: dict[str, Any], progress: Progress, *,
+            seed: int = 0, holdout: float = 0.0, exact: bool = True) -> Report:
+    """Measures on documents drawn by hash, about 2 MB of each source; of those held out of training, if any were.
+
+    Errors: with `exact`, DataError when a text does not come back exactly.
     """
-    for name, text in PROBES.items():
+    for name, text in PROBES.items() if exact else ():
         if tokenizer.decode(tokenizer.encode(text)) != text:
             raise DataError(f"tokenizer: the probe {name!r} ({text!r}) does not come back exactly: "
                             f"{tokenizer.decode(tokenizer.encode(text))!r}. This is a bug; please report it.")
     is_byte = np.array([_is_byte(tokenizer.piece(token)) for token in range(tokenizer.vocab_size)])
-    report = {row["name"]: Measures() for row in manifest["datasets"] if row["kept"]}
-    rates = {row["name"]: min(1.0, MEASURED_BYTES / max(row["bytes"], 1)) for row in manifest["datasets"]}
+    report = Report({row["name"]: Measures() for row in manifest["datasets"] if row["kept"]}, {})
+    rates = {row["name"]: min(1.0, MEASURED_BYTES / max(row["bytes"] * (holdout or 1.0), 1))
+             for row in manifest["datasets"]}
     for shard in manifest["shards"]:
-        measures = report[shard["dataset"]]
         for row in read_shard(corpus, shard):
             encoded = row["text"].encode()
-            if hash_fraction(text_digest(encoded), 0, "measure") < rates[shard["dataset"]]:
-                _add(measures, tokenizer, row, len(encoded), is_byte)
-                progress.update(f"measuring {shard['dataset']}", None, f"{measures.bytes / 1e6:.1f} MB")
+            digest = text_digest(encoded)
+            if holdout and not held_out(digest, seed, holdout):
+                continue
+            if hash_fraction(digest, 0, "measure") >= rates[shard["dataset"]]:
+                continue
+            one = _measured(tokenizer, row, len(encoded), is_byte, exact)
+            report.sources[shard["dataset"]].add(one)
+            report.languages.setdefault(language_of(row["meta"]), Measures()).add(one)
+            progress.update(f"measuring {shard['dataset']}", None,
+                            f"{report.sources[shard['dataset']].bytes / 1e6:.1f} MB")
     return report
 
 
@@ -80,37 +101,53 @@ def _is_byte(piece: str) -> bool:
     return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
-def _add(measures: Measures, tokenizer: Tokenizer, row: dict[str, Any], size: int,
-         is_byte: np.ndarray) -> None:
+def _measured(tokenizer: Tokenizer, row: dict[str, Any], size: int, is_byte: np.ndarray, exact: bool) -> Measures:
     start = time.process_time()
     ids = tokenizer.encode(row["text"])
-    measures.seconds += time.process_time() - start
-    if tokenizer.decode(ids) != row["text"]:
+    seconds = time.process_time() - start
+    same = tokenizer.decode(ids) == row["text"]
+    if exact and not same:
         raise DataError(
             f"tokenizer: document {row['id']} does not come back exactly from its tokens. This is a bug; "
             "please report it.")
     tokens = np.asarray(ids, np.int64)
-    measures.documents += 1
-    measures.exact += 1
-    measures.characters += len(row["text"])
-    measures.bytes += size
-    measures.tokens += len(tokens)
-    measures.unknown += int((tokens == tokenizer.unk_id).sum())
-    measures.byte_pieces += int(is_byte[tokens].sum())
+    return Measures(1, len(row["text"]), size, len(tokens), int((tokens == tokenizer.unk_id).sum()),
+                    int(is_byte[tokens].sum()), int(same), seconds)
 
 
-def card(tokenizer: Tokenizer, report: dict[str, Measures]) -> str:
+def cells(one: Measures) -> list[str]:
+    """The figures under HEADER."""
+    tokens = max(one.tokens, 1)
+    return [f"{one.documents:,}", f"{one.characters / tokens:.3f}", f"{one.bytes / tokens:.3f}",
+            f"{one.unknown / tokens:.3%}", f"{one.byte_pieces / tokens:.3%}",
+            f"{one.exact / max(one.documents, 1):.2%}", f"{one.bytes / 1e6 / max(one.seconds, 1e-9):.1f} MB/s"]
+
+
+def groups_table(title: str, groups: dict[str, Measures]) -> str:
+    """One line for each source or language."""
+    return cards.table([title, *HEADER], [[name, *cells(one)] for name, one in groups.items() if one.documents])
+
+
+def languages_section(report: Report) -> str:
+    """The table by language, where any document names one."""
+    if set(report.languages) <= {UNKNOWN_LANGUAGE}:
+        return ""
+    ordered = dict(sorted(report.languages.items(), key=lambda item: (-item[1].bytes, item[0])))
+    return f"\n### By language\n\n{groups_table('language', ordered)}\n"
+
+
+def card(tokenizer: Tokenizer, report: Report) -> str:
     """TOKENIZER_CARD.md."""
     manifest = tokenizer.manifest
     corpus = manifest["corpus"]
     config, sample = corpus["config"], corpus["sample"]
-    rows = [[
-        name, f"{one.documents:,}", f"{one.characters / max(one.tokens, 1):.3f}",
-        f"{one.bytes / max(one.tokens, 1):.3f}", f"{one.unknown / max(one.tokens, 1):.3%}",
-        f"{one.byte_pieces / max(one.tokens, 1):.3%}", f"{one.exact / max(one.documents, 1):.2%}",
-        f"{one.bytes / 1e6 / max(one.seconds, 1e-9):.1f} MB/s"
-    ] for name, one in report.items() if one.documents]
     rates = ", ".join(f"{name} {rate:.1%}" for name, rate in sample["rates"].items())
+    for source, own in sample["language_rates"].items():
+        rates += f"; of {source}: " + ", ".join(f"{name} {rate:.1%}" for name, rate in own.items())
+    drawn = (f"On documents held out of training ({sample['holdout']:.0%})" if sample["holdout"] else
+             "On documents of the corpus drawn by hash")
+    trained = "" if sample["holdout"] else ("; where the corpus is\nsmaller than the training sample, these were "
+                                            "trained on too")
     return f"""# Tokenizer card
 
 SentencePiece {config['algorithm'].upper()}, {tokenizer.vocab_size:,} pieces, frozen. Its identity, checked
@@ -120,10 +157,9 @@ wherever it is used, is the SHA-256 of `tokenizer.model`:
 
 ## Measured
 
-{cards.table(HEADER, rows)}
-
-On documents of the corpus drawn by hash, about {MEASURED_BYTES / 1e6:.0f} MB a source; where the corpus is
-smaller than the training sample, these were trained on too. *Byte pieces*: tokens that are single bytes of a
+{groups_table("source", report.sources)}
+{languages_section(report)}
+{drawn}, about {MEASURED_BYTES / 1e6:.0f} MB a source{trained}. *Byte pieces*: tokens that are single bytes of a
 character without a piece of its own. The round trip is also exact on {len(PROBES)} probes:
 {', '.join(PROBES)}.
 

@@ -52,6 +52,13 @@ class StepPlan:
     mapping: str  # canonical JSON
     type: str
     key: str
+    resources: dict[str, str]
+
+    def account(self) -> dict[str, Any]:
+        """For the manifest: what was asked for, with which resources, and what the step itself tells of them."""
+        step = _made(self.section, self.mapping)
+        told = {"summary": step.summary()} if hasattr(step, "summary") else {}
+        return {"section": self.section, **to_mapping(step), "resources": self.resources, **told}
 
 
 def step_plans(section: str, mappings: Sequence[dict[str, Any]]) -> tuple[StepPlan, ...]:
@@ -59,9 +66,10 @@ def step_plans(section: str, mappings: Sequence[dict[str, Any]]) -> tuple[StepPl
     plans = []
     for mapping in mappings:
         step = make_step(section, mapping, section)
+        resources = step.resources()
         key = {"stage": "step", "version": STAGE_VERSION, "fields": to_mapping(step), "step": step.version,
-               "resources": step.resources()}
-        plans.append(StepPlan(section, canonical_json(mapping), step.type, sha256_json(key)))
+               "resources": resources}
+        plans.append(StepPlan(section, canonical_json(mapping), step.type, sha256_json(key), resources))
     return tuple(plans)
 
 

@@ -5,11 +5,13 @@ are done, so tasks must not depend on order. With one worker, tasks run in this 
 `ray_workers`, behind the same protocol. Knows nothing of what a task does.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import signal
 import threading
 import traceback
 from collections import deque
@@ -23,6 +25,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 RETRIES = 3  # times a task is tried again after the process that ran it died
 ENGINES = ("local", "ray")
+_THREADS = ("POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 class Executor(Protocol):
@@ -121,7 +124,8 @@ class LocalExecutor:
     def _start(self) -> _Worker:
         mine, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(theirs,), daemon=True)
-        process.start()
+        with _threads(max(1, len(os.sched_getaffinity(0)) // self.workers)):
+            process.start()
         theirs.close()
         return _Worker(process, mine)
 
@@ -156,9 +160,22 @@ class LocalExecutor:
         self._pool.remove(worker)
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Processes started inside share the processors: each library of theirs takes `count` threads unless told."""
+    mine = {name: str(count) for name in _THREADS if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            del os.environ[name]
+
+
 def _work(pipe: Any) -> None:
     """A worker's life: tasks until the pipe ends."""
     _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     while True:
         try:
             function, task = pipe.recv()

@@ -27,8 +27,11 @@ from nanollama.model_config import check_positive
 class ComputeConfig:
     """How the same function is computed: changes speed and memory, never the checkpoint's format."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls; parameters stay float32
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes per layer
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls; see optimizer.parameter_dtype
+    fp8: bool = False  # products of the layers in 8 bits, current scaling (`ops.fp8`); GPUs from Hopper on gain by it
+    # what the backward pass computes again per layer: nothing; all but matrix products; all but attention's output
+    # and logsumexp (least memory that never runs attention's forward twice); everything
+    remat: Literal["none", "dots", "names", "full"] = "none"
     scan_unroll: int = 0  # layers per scan iteration; 0 = all (fastest on CPU and GPU, slower to compile)
     # who computes attention (`ops.attention`); "auto" takes the fastest that can, a name refuses what it cannot do
     attention: Literal[
@@ -80,6 +83,9 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # matrices only: norms are not decayed
     clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
     muon_momentum: float = 0.95
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second stays float32
+    # matrices kept in bfloat16, updated with stochastic rounding (`ops.rounding`); vectors stay float32
+    parameter_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)

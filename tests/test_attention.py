@@ -246,6 +246,19 @@ def test_no_first_keys_are_one_document_a_row() -> None:
     np.testing.assert_array_equal(got, wanted)
 
 
+def test_saved_names_spare_the_second_forward_of_attention() -> None:
+    """Loops of the compiled step: an interpreted kernel is some of them, and XLA drops what nothing uses."""
+    row = jnp.zeros((1, 32), jnp.int32)
+
+    def loops(remat: Any) -> int:
+        decoder = Decoder(MODEL, ComputeConfig(scan_unroll=1, attention="pallas_interpret", remat=remat))
+        step = jax.jit(jax.value_and_grad(lambda p: decoder.apply({"params": p}, row, row, row)[0].sum()))
+        options = {"xla_backend_optimization_level": 0}
+        return int(step.lower(parameters()).compile(compiler_options=options).as_text().count(" while("))
+
+    assert loops("none") == loops("names") < loops("full")
+
+
 # --- on a mesh
 
 

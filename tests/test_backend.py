@@ -97,9 +97,21 @@ def test_flags_are_added_once_and_never_over_the_users():
     assert with_flags("", "0.12.0.1") == ""  # it computes wrong gradients with oneDNN
 
 
-@pytest.mark.parametrize("flag", backend.CPU_FLAGS)
-def test_the_installed_jaxlib_accepts_each_flag(flag):
-    assert python("import jax; jax.devices()", XLA_FLAGS=flag).returncode == 0
+@pytest.mark.parametrize("platform", backend.FLAGS)
+def test_the_installed_jaxlib_accepts_each_flag(platform):
+    """Flags are parsed by every build of XLA, so a GPU's are tried without one."""
+    flags = with_flags("", JAXLIB_VERSION, platform)
+    assert python("import jax; jax.devices()", XLA_FLAGS=flags).returncode == 0
+    assert (platform != "gpu") or set(flags.split()) == set(backend.GPU_FLAGS)
+
+
+def test_the_platform_is_told_before_jax_starts(monkeypatch):
+    for asked, expected in (("cpu", "cpu"), ("cuda,cpu", "gpu"), ("tpu", "tpu")):
+        monkeypatch.setenv("JAX_PLATFORMS", asked)
+        assert backend.expected_platform() == expected
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin" or None)
+    assert backend.expected_platform() == "gpu"
 
 
 def test_an_unknown_flag_would_be_noticed():

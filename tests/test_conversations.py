@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,27 @@ def test_conversations_from_files(tmp_path: Path, form: str) -> None:
     assert [item.text for item in items if isinstance(item, Document)][2] == (
         "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n!<|im_end|>\n")
     assert [item.reason for item in items if isinstance(item, Bad)] == ["no turn of the assistant"]
+
+
+def test_preferences_from_a_folder_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    fake = types.ModuleType("datasets")
+
+    def load_dataset(path: str, **keywords: Any) -> Any:
+        asked.append((path, keywords))
+        yield {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c", "kind": "x"}
+
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    dataset = DatasetConfig("hh", "org/hh", 1.0, format="huggingface", data_dir="harmless-base", rows="preference",
+                            layout="transcript")
+    source = open_source(dataset)
+    assert "harmless-base" in source.parts()[0].inputs()[0].path
+    [item] = list(read_all(source))
+    assert isinstance(item, Document) and item.meta == {"kind": "x", "turns": 4}
+    assert item.text.count("<|im_start|>assistant") == 2 and item.text.index("b<|im_end|>") < item.text.index("c<|im")
+    assert asked == [("org/hh", {"name": None, "split": "train", "streaming": True, "revision": None,
+                                 "data_dir": "harmless-base"})]
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"{}", "not a JSON list"), (b"[1]", "not a JSON object"),

@@ -38,7 +38,7 @@ def texts(seed: int, count: int) -> list[str]:
 def staged_mixture(tmp_path: Path, **top: Any) -> Path:
     """Three datasets of several raw shards, filters, duplicates within and across them."""
     for number, name in enumerate(("one", "two", "three")):
-        lines = jsonl(texts(number % 2, 300)) + b"broken\n"
+        lines = jsonl(texts(number % 2, 300), n=number, year=2000 + number) + b"broken\n"
         (tmp_path / f"{name}.jsonl").write_bytes(lines)
     section = {"deduplication": [{"type": "exact"}], **top}
     return mixture(tmp_path / "mix.yaml", *(
@@ -204,6 +204,20 @@ def test_a_capped_head_reads_on_until_its_filters_leave_enough(tmp_path: Path, m
     assert kept == [line for line in lines if len(line) >= 50][:len(kept)]
     assert 19_800 < sum(map(len, kept)) <= 20_000
     assert manifest["datasets"][0]["rows_in"] < 3000  # and no further than needed
+    for number in range(4):  # the same in files that are parts of their own
+        (tmp_path / f"part{number}.jsonl").write_bytes(jsonl(lines[number * 1000:number * 1000 + 1000]))
+    monkeypatch.setattr("data_pipeline.sources.files.PART_BYTES", 1)
+    parts = mixture(tmp_path / "parts.yaml", {**json.loads(config.read_text())["datasets"][0],
+                                              "source": str(tmp_path / "part*.jsonl")})
+    assert build_corpus(parts, tmp_path / "parts")["datasets"][0]["inputs"]["count"] == 4
+    assert [row["text"] for row in documents(tmp_path / "parts")] == kept
+    # what an earlier run read further, for a stricter filter, is not taken: the bytes are those of a fresh run
+    value = json.loads(config.read_text())
+    value["datasets"][0]["filters"] = []
+    config.write_text(json.dumps(value))
+    build_corpus(config, tmp_path / "out")
+    build_corpus(config, tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,13 +237,15 @@ def test_texts_that_filters_rewrite(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(filters.FILTERS, "shout", Shout)
     curate._made.cache_clear()
     (tmp_path / "rows.jsonl").write_bytes(jsonl(["small letters", "ALREADY LARGE", "gone soon", "Small Letters"]))
+    (tmp_path / "module.py").write_text('"""Prose that is made from code."""')
     config = mixture(tmp_path / "mix.yaml", {
         "name": "set", "source": str(tmp_path / "rows.jsonl"),
-        "filters": [{"type": "shout"}, {"type": "exact_duplicate"}, {"type": "length", "min_characters": 3}]})
+        "filters": [{"type": "shout"}, {"type": "exact_duplicate"}, {"type": "length", "min_characters": 3}]},
+        {"name": "prose", "source": str(tmp_path / "module.py"), "format": "docstrings"})
     row = build_corpus(config, tmp_path / "out")["datasets"][0]
     assert row["dropped"] == {"empty after shout": 1, "exact duplicate": 1}  # duplicates of the new text
     found = documents(tmp_path / "out")
-    assert [one["text"] for one in found] == ["SMALL LETTERS", "ALREADY LARGE"]
+    assert [one["text"] for one in found] == ["SMALL LETTERS", "ALREADY LARGE", "Prose that is made from code."]
     assert row["bytes"] == 26 and row["characters"] == 26
     assert found[0]["meta"] == {"attributes": {"letters": 13}, "derived_from": text_digest(b"small letters").hex()}
     assert found[1]["meta"] == {"attributes": {"letters": 13}}
@@ -267,3 +283,30 @@ def test_a_share_of_a_dataset(tmp_path: Path) -> None:
     assert 30 <= row["kept"] <= 70
     assert row["dropped"] == {"not sampled": 1000 - row["kept"]}  # no loss: it was asked for
     assert (tmp_path / "out" / "dropped.jsonl").read_bytes() == b""
+
+
+def test_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / os.fsdecode(b"caf\xe9.jsonl")).write_bytes(jsonl(["one text"]))
+    config = mixture(tmp_path / "mix.yaml", {"name": "set", "source": str(tmp_path / "files" / "*.jsonl")})
+    build_corpus(config, tmp_path / "out")
+    assert [row["id"] for row in documents(tmp_path / "out")] == ["set/caf\\xe9.jsonl:1"]
+
+
+def test_every_step_takes_shards_of_no_documents(tmp_path: Path) -> None:
+    """One dataset loses all it has to its filter; the steps over the whole corpus see its empty shards."""
+    value = json.loads(staged_mixture(tmp_path).read_text())
+    value["datasets"][1]["filters"] = [{"type": "length", "min_characters": 10_000}]
+    (tmp_path / "bench.yaml").write_text(f"sets: [{{name: own, path: {tmp_path}/items.jsonl, fields: [text]}}]")
+    (tmp_path / "items.jsonl").write_bytes(jsonl([texts(0, 20)[2]]))
+    value |= {"deduplication": [{"type": "exact"}, {"type": "minhash"}, {"type": "simhash"}],
+              "decontamination": [{"type": "decontaminate", "benchmarks": str(tmp_path / "bench.yaml")}],
+              "selection": [{"type": "dsir", "target": ["one"]}, {"type": "quality", "attribute": "n"},
+                            {"type": "temporal"}, {"type": "curriculum", "attribute": "n"}]}
+    (tmp_path / "mix.yaml").write_text(json.dumps(value))
+    manifest = build_corpus(tmp_path / "mix.yaml", tmp_path / "out")
+    assert [row["kept"] for row in manifest["datasets"]][1] == 0 and manifest["datasets"][0]["kept"] > 20
+    assert manifest["datasets"][0]["dropped"]["contaminated by own"] >= 1
+    assert [step["type"] for step in manifest["steps"]] == [
+        "exact", "minhash", "simhash", "decontaminate", "dsir", "quality", "temporal", "curriculum"]
+    assert manifest["steps"][3]["summary"]["sets"]["own"]["status"] == "used"

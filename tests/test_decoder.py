@@ -210,7 +210,7 @@ def test_unroll_and_remat_change_no_number() -> None:
     """Same parameter tree and results for every way to run the layers."""
     row, params = packed_row([9, 7], 16), parameters()
     (loss, _), gradient = loss_and_gradient(params, row)
-    for unroll, remat in [(0, "dots"), (1, "full")]:  # beside (1, "none")
+    for unroll, remat in [(0, "dots"), (1, "names"), (1, "full")]:  # beside (1, "none")
         compute = ComputeConfig(scan_unroll=unroll, remat=remat)  # type: ignore[arg-type]
         abstract = nn.unbox(jax.eval_shape(lambda c=compute: init_params(Decoder(MODEL, c), 0)))
         assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, params)

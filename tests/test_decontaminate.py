@@ -131,6 +131,17 @@ def test_common_words_in_a_row_condemn_nothing(index, items):
     assert not any(found(index, [planted(dice, words) for words in scattered]))
 
 
+def test_six_shared_words_need_a_like_window():
+    """An item of 18 words may differ in two and keep one seed: the window decides."""
+    dice = random.Random(12)
+    words = sentence(dice, 18)
+    built = Index([Item("set/0", "question", " ".join(words))], 13, 6, 0.8)
+    for same in (6, 7, 10, 12):
+        assert not any(found(built, [planted(dice, changed(dice, words, set(range(same, 18))))])), same
+    assert found(built, [planted(dice, changed(dice, words, {5, 12}))]) == [{("near", 0)}]
+    assert not any(found(built, [planted(dice, changed(dice, words, {5, 12, 13}))]))
+
+
 def test_hits_say_where_and_what(index, items):
     dice = random.Random(8)
     words = next(words for words in items if len(words) > 60)
@@ -165,6 +176,18 @@ def test_grams_are_a_set(monkeypatch):
     monkeypatch.setattr(index_module, "_LISTED", 1)
     assert grams.places(at[-1:], key[-1:])[1].tolist() == [0]
     assert [len(part) for part in Grams(keys[:0], np.zeros(0, np.int32), np.zeros(0, np.int32)).find(asked)] == [0, 0]
+
+
+def test_items_of_one_template_are_told_apart(monkeypatch):
+    """Two hundred items that begin alike: the one that is there is found, with changes, and its siblings are not."""
+    monkeypatch.setattr(index_module, "_LISTED", 20)
+    dice = random.Random(13)
+    opening = sentence(dice, 30)
+    texts = [[*opening, *sentence(dice, 15)] for _ in range(200)]
+    built = Index([Item(f"set/{n}", "q", " ".join(words)) for n, words in enumerate(texts)], 13, 6, 0.8)
+    near = changed(dice, texts[150], {9, 21, 33})
+    assert ("near", 150) in found(built, [planted(dice, near)])[0]
+    assert not any(found(built, [planted(dice, changed(dice, opening, {9, 21}))]))
 
 
 def test_equal_items_are_all_named():

@@ -1,5 +1,6 @@
 """Duplicates: exact, MinHash, SimHash, against brute force; what is dropped has a kept, older copy."""
 
+import importlib.metadata
 import json
 import random
 from pathlib import Path
@@ -15,7 +16,7 @@ from data_pipeline.dedup import cluster, minhash, simhash, spool
 from data_pipeline.dedup.exact import ExactDeduplication
 from data_pipeline.dedup.minhash import MinHashDeduplication
 from data_pipeline.dedup.simhash import SimHashDeduplication
-from data_pipeline.text.words import word_hashes
+from data_pipeline.text.words import slow_words, word_hashes
 from nanollama.data.strict import FieldError
 
 VOCABULARY = [f"word{number}" for number in range(300)]
@@ -116,6 +117,24 @@ def test_minhash_is_brute_force(seed):
         assert score >= 0.8
 
 
+def test_minhash_is_brute_force_on_real_texts():
+    """Licences and notices of the installed packages: many are copies with another name or year."""
+    paths = sorted({path for one in importlib.metadata.distributions() for path in one.files or ()
+                    if ".dist-info" in str(path) and "licen" in str(path).lower()}, key=str)[:120]
+    texts = {str(path): path.locate().read_text(encoding="utf-8", errors="ignore") for path in paths}
+    docs = [Doc(name, " ".join(slow_words(text)), number % 7) for number, (name, text) in enumerate(texts.items())
+            if len(text) < 40_000]
+    assert len(docs) > 40
+    likeness = true_jaccard(docs)
+    truth = slow_rule(docs, [age(doc, row=row) for row, doc in enumerate(docs)],
+                      lambda old, young: likeness(old, young) >= 0.8)
+    assert len(truth) > 5
+    found = of(run_step(MinHashDeduplication(), [docs[:20], docs[20:]]), "duplicate_of")
+    place = {doc.id: row for row, doc in enumerate(docs)}
+    assert all(likeness(place[young], place[old]) >= 0.8 and old not in found for young, old in found.items())
+    assert len(set(truth) - set(found)) <= 0.005 * len(docs)
+
+
 def chain():
     """a ~ b ~ c, but a and c are not alike."""
     words = [f"w{number}" for number in range(100)]
@@ -161,7 +180,7 @@ def test_large_groups_are_not_compared_pair_by_pair(monkeypatch):
     assert sum(pairs) < 8 * 400 < 400 * 399 / 20
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_the_rule_for_any_graph(data):
     """Candidates and likeness drawn at will: the answer is the rule's, whatever the first width is."""
@@ -189,12 +208,10 @@ def test_the_rule_for_any_graph(data):
     truth = slow_rule(docs, [age(doc, row=row) for row, doc in enumerate(docs)],
                       lambda old, young: likeness([old], [young])[0] > 0
                       and any({old, young} <= members for members in groups))
-    before = cluster._WIDTH
-    cluster._WIDTH = 1
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "_WIDTH", 1)
+        patch.setattr(cluster, "_SETTLED", 1)
         narrow = of(run_step(Step(), [docs]), "duplicate_of")
-    finally:
-        cluster._WIDTH = before
     assert narrow == truth
     assert of(run_step(Step(), [docs]), "duplicate_of") == truth
 
@@ -229,15 +246,24 @@ def test_simhash_is_brute_force(distance):
     docs = templates(200, distance)
     step = SimHashDeduplication(max_distance=distance)
     made = word_hashes(pl.Series([doc.text for doc in docs]))
-    hashes = simhash.simhashes(*made.ngrams(1)).tolist()
+    hashes = simhash.simhashes(*made.ngrams(step.ngram, short_whole=True)).tolist()
     truth = slow_rule(docs, [age(doc, row=row) for row, doc in enumerate(docs)],
                       lambda old, young: (hashes[old] ^ hashes[young]).bit_count() <= distance)
     rows = run_step(step, [docs[:99], docs[99:]])
     found = of(rows, "duplicate_of")
-    assert found == truth and len(truth) > 20
+    assert found == truth and len(truth) > 10
     place = {doc.id: row for row, doc in enumerate(docs)}
     assert of(rows, "hamming") == {young: (hashes[place[young]] ^ hashes[place[old]]).bit_count()
                                    for young, old in found.items()}
+
+
+def test_long_texts_of_the_same_common_words_are_not_alike():
+    """As all English articles are: single words would drop them (and did, of 6,000 real documents 215)."""
+    dice = random.Random(0)
+    frequency = [1 / (rank + 1) for rank in range(len(VOCABULARY))]
+    docs = [Doc(f"d{number}", " ".join(dice.choices(VOCABULARY, frequency, k=3000))) for number in range(40)]
+    assert len(kept(run_step(SimHashDeduplication(), [docs]))) == 40
+    assert len(kept(run_step(SimHashDeduplication(ngram=1), [docs]))) < 30
 
 
 def test_simhash_is_its_definition(monkeypatch):

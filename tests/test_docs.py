@@ -80,9 +80,10 @@ def check_module(module, arguments):
     for name in ("--config", "--pipeline"):
         if name in values:
             assert (ROOT / values[name].partition(":")[0]).is_file(), f"no file {values[name]}"
-    if values.get("--config", "").endswith(".yaml"):
-        load_mixture(values["--config"])
-    elif "--config" in values:
+    for path in [values.get("--config", ""), *(word for word in arguments if not word.startswith("-"))]:
+        if path.endswith(".yaml"):
+            load_mixture(path)
+    if "--config" in values and not values["--config"].endswith(".yaml"):
         config.load(values["--config"], overrides)
     if "--pipeline" in values:
         names = [stage.name for stage in load_pipeline(values["--pipeline"]).stages]
@@ -126,6 +127,7 @@ def test_there_are_commands():
         f"{PYTHON} -m nanollama.run --pipeline=configs/pipelines/none.py --workdir=x",
         f"{PYTHON} -m nanollama.run --pipeline=configs/pipelines/quickstart.py --workdir=x --from=no-stage",
         f"{PYTHON} -m data_pipeline.corpus --config=configs/mixtures/none.yaml --output=x",
+        f"{PYTHON} -m data_pipeline.mixture plan configs/mixtures/quickstart.yaml --otput=x",
         'pip install -e ".[dta]"',
         "curl example.org | sh",
     ],

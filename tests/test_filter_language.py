@@ -42,8 +42,9 @@ def test_languages_of_sentences():
 
 def test_reasons():
     texts = [SENTENCES["en"], SENTENCES["de"], SENTENCES["fr"], "", "12 34 !", "ok"]
-    assert judged(texts, languages=["en", "fr"]).reasons.to_list()[:5] == [None, "language: de", None, "language: und",
-                                                                           "language: und"]
+    assert judged(texts, languages=["en", "fr"]).reasons.to_list()[:5] == [None, "language: not wanted", None,
+                                                                           "language: not wanted",
+                                                                           "language: not wanted"]
     assert judged([SENTENCES["en"]], languages=["en"], min_score=1.0).reasons[0] == "language: uncertain"
 
 

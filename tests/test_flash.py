@@ -3,7 +3,9 @@
 Nothing here measures: what a GPU does with the kernels is for `benchmarks/attention.py` to say.
 """
 
+import dataclasses
 import functools
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from nanollama.kernels import intervals
+from benchmarks import attention as benchmark
+from nanollama.kernels import intervals, tune, tuning
 from nanollama.kernels.flash import flash_attention
 from nanollama.kernels.flash_programs import Tile, Tiles
 
@@ -241,3 +244,54 @@ def test_every_kernel_lowers_for_cuda(dims: tuple[int, int]) -> None:
     text = lowered(*dims, Tiles())
     assert all(name in text for name in ("flash_forward", "flash_q_gradient", "flash_kv_gradient"))
     assert text.count("triton") >= 3
+
+
+CASES = [(part, tile) for part, tiles in tune.CANDIDATES.items() for tile in tiles]
+CASES += [(part, getattr(tiles, part)) for tiles in tuning.DEFAULT_TILES.values() for part in tune.CANDIDATES]
+
+
+@pytest.mark.parametrize(("part", "tile"), list(dict.fromkeys(CASES)))
+def test_every_tile_lowers_for_cuda(part: str, tile: Tile) -> None:
+    """As much as can be said of a tile without a GPU; whether it fits one is for `kernels.tune` to find."""
+    tiles = dataclasses.replace(Tiles(), **{part: tile})
+    assert f"num_warps = {tile.warps}" in lowered(64, 64, tiles).replace("i32", "").replace(" :", "")
+
+
+# --- measuring
+
+
+def test_tuning_keeps_the_fastest_of_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are made up: 64 x 64 is the fastest forward tile, and one of the others does not compile."""
+    seen: list[Tiles] = []
+    monkeypatch.setattr(tune, "flash", lambda problem, tiles, interpret: seen.append(tiles) or (lambda *x: x[0]))
+
+    def clock(function: Any, arguments: Any) -> float:
+        if seen[-1].q_gradient == Tile(64, 32, 4, 3):
+            raise RuntimeError("out of shared memory")
+        return 2.0 - (seen[-1].forward == Tile(64, 64, 4, 3)) - 0.5 * (seen[-1].kv_gradient == Tile(32, 64, 4, 3))
+
+    entry = tune.tune(tune.Problem(1, 32, 2, 1, 16, plain=False), interpret=True, clock=clock)
+    assert entry["backend"] == "pallas"
+    tiles = Tiles(*(Tile(**entry["tiles"][part]) for part in tune.CANDIDATES))
+    assert (tiles.forward, tiles.kv_gradient) == (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3))
+    assert tiles.q_gradient == tuning.default_tiles(16).q_gradient
+    assert entry["milliseconds"] == {"forward": 1.0, "forward_and_backward": 0.5}
+
+
+def test_the_benchmark_runs_interpreted(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = [
+        "--interpret",
+        "--lengths=32",
+        "--head-dims=16",
+        "--group=2",
+        "--repeats=1",
+        f"--out={tmp_path / 'a.json'}",
+    ]
+    assert benchmark.main(options) == 0
+    entries = json.loads((tmp_path / "a.json").read_text())["entries"]
+    assert [entry["documents"] for entry in entries] == [1, tune.DOCUMENTS]
+    assert all(entry["pallas"]["forward_ms"] > 0 and "failed" not in entry["xla_causal"] for entry in entries)
+    assert tune.main([]) == 2 and "the kernels are for GPUs" in capsys.readouterr().err

@@ -26,9 +26,10 @@ from nanollama.generation.loading import load_model
 from nanollama.models import lora as loras
 from nanollama.parallel.mesh import make_mesh
 from nanollama.training import initial
-from nanollama.training.checkpoint import CheckpointError, find_step_folder, parameter_infos, restore_params
+from nanollama.training.checkpoint import CheckpointError, find_step_folder, restore_params
 from nanollama.training.integrity import checkpoint_hash, tree_hash
 from nanollama.training.optim import make_optimizer
+from nanollama.training.stored_parameters import parameter_infos
 
 OLD, NEW, PADDED = 400, 408, 512
 MODEL = ModelConfig(
@@ -170,11 +171,13 @@ def test_a_base_is_proved_by_its_hash(data: Path, adapters: Path, tmp_path: Path
         initial._find_base(metadata, folder.parent)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)], ids=str)
-def test_parameters_are_read_onto_any_mesh(data: Path, mesh: MeshConfig) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "determinism"), [(MeshConfig(4), "elastic"), (MeshConfig(2, 2, 2), "same_mesh")], ids=str
+)
+def test_parameters_are_read_onto_any_mesh(data: Path, mesh: MeshConfig, determinism: str) -> None:
     expected, _ = restore_params(data / "extended")
     for lora in (None, LORA):
-        config = config_of(data, lora=lora)
+        config = config_of(data, lora=lora, determinism=determinism)
         state = initial.fresh(config, make_optimizer(config), make_mesh(mesh))
         assert int(state.step) == 0
         assert tree_hash(loras.base(state.params)) == tree_hash(expected)

@@ -10,8 +10,8 @@ import pytest
 
 from nanollama.ops.attention import MaskSpec, attend
 from nanollama.ops.losses import cross_entropy_reference, cross_entropy_sums, token_log_probs
-from nanollama.ops.mlp import swiglu
-from nanollama.ops.norms import rms_norm
+from nanollama.ops.mlp import swiglu, swiglu_reference
+from nanollama.ops.norms import rms_norm, rms_norm_reference
 from nanollama.ops.rope import apply_rope, rope_tables
 
 BACKENDS = ["xla_chunked", "reference"]
@@ -65,6 +65,42 @@ def test_swiglu_is_its_formula() -> None:
     check_swiglu(swiglu)
     with pytest.raises(AssertionError):  # gate and up swapped, the usual slip when weights are converted
         check_swiglu(lambda gate, up: swiglu(up, gate))
+
+
+@pytest.mark.parametrize(
+    ("function", "twin", "shapes"),
+    [
+        (functools.partial(rms_norm, eps=0.1), functools.partial(rms_norm_reference, eps=0.1), [(3, 5, 8), (8,)]),
+        (swiglu, swiglu_reference, [(5, 6), (5, 6)]),
+    ],
+    ids=["rms_norm", "swiglu"],
+)
+def test_gradients_by_hand_are_those_of_autodiff(
+    function: Callable[..., jax.Array], twin: Callable[..., jax.Array], shapes: list[tuple[int, ...]]
+) -> None:
+    a, b, cotangent = normal(1, *shapes[0], scale=2.0), normal(2, *shapes[1]), normal(3, *shapes[0])
+
+    def gradients(f: Callable[..., jax.Array], dtype: str) -> tuple[jax.Array, ...]:
+        return jax.grad(lambda a, b: jnp.sum(f(a, b) * cotangent), (0, 1))(a.astype(dtype), b)
+
+    for got, wanted in zip(gradients(function, "float32"), gradients(twin, "float32"), strict=True):
+        close(got, wanted, 1e-5)
+    for got, wanted in zip(gradients(function, "bfloat16"), gradients(twin, "float32"), strict=True):
+        close(got, wanted, 5e-2)
+
+
+def kept_bytes(function: Callable[..., jax.Array], *arguments: jax.Array) -> int:
+    """What the backward pass of `function` keeps from its forward pass."""
+    _, pullback = jax.eval_shape(lambda *x: jax.vjp(function, *x), *arguments)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
+
+
+def test_norm_and_swiglu_keep_their_low_precision_inputs_only() -> None:
+    x, scale = jnp.zeros((64, 32), jnp.bfloat16), jnp.ones(32)
+    assert kept_bytes(lambda x, s: rms_norm(x, s, 1e-5), x, scale) == x.nbytes + scale.nbytes
+    assert kept_bytes(swiglu, x, x) == 2 * x.nbytes
+    assert kept_bytes(lambda x, s: rms_norm_reference(x, s, 1e-5), x, scale) > 3 * x.nbytes
+    assert kept_bytes(swiglu_reference, x, x) > 4 * x.nbytes
 
 
 # --- rope

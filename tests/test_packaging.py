@@ -78,7 +78,7 @@ def test_every_import_is_declared_and_every_dependency_used():
         for name in third_party(path.read_text())
     }
     core = {canonicalize_name(requirement.name) for requirement in CORE}
-    extras = ("curate", "data", "wandb", "hub-tokenizers", "gguf", "parity")
+    extras = ("curate", "data", "ray", "warc", "wandb", "hub-tokenizers", "gguf", "parity")
     optional = {canonicalize_name(r.name) for name in extras for r in EXTRAS[name]}
     assert not used - core - optional, "imported, but not in pyproject.toml"
     in_configs = {DISTRIBUTION.get(n, n) for p in sources("configs") for n in third_party(p.read_text())}

@@ -128,3 +128,17 @@ def test_batch_without_a_loss_token_is_refused(training):
 def test_rows_must_divide():
     with pytest.raises(ConfigError, match=r"global_rows: 8 is not divisible by micro_batches=2 x data\*fsdp=8"):
         Training(tiny_config(rows=8, micro_batches=2), MeshConfig(4, 2, 1))
+
+
+def test_unmasked_documents_are_one_document_a_row():
+    batch = random_batch(0)
+    whole = {**batch, "first_key": np.zeros_like(batch["first_key"])}
+    config = tiny_config()
+    unmasked = Training(dataclasses.replace(config, data=dataclasses.replace(config.data, mask_documents=False)))
+    (got, _), (wanted, _), (masked, _) = (
+        training.gradient(rows)
+        for training, rows in ((unmasked, batch), (Training(config), whole), (Training(config), batch))
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    assert not np.allclose(got["head"], masked["head"], atol=1e-3 * np.abs(masked["head"]).max())

@@ -1,9 +1,13 @@
 """Training a tokenizer: the same bytes twice, exact round trips, frozen once made."""
 
+import csv
+import dataclasses
 import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,13 @@ from corpora import jsonl, mixture
 
 from data_pipeline import tokenizer_report
 from data_pipeline.corpus import build_corpus
-from data_pipeline.corpus_format import read_manifest
+from data_pipeline.corpus_format import read_manifest, read_shard
 from data_pipeline.documents import hash_fraction, text_digest
 from data_pipeline.progress import Progress
 from data_pipeline.sources.python_code import stdlib_files
-from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer, chunks, sample_rates, sampled_rows
+from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer
+from data_pipeline.tokenizer_compare import compare
+from data_pipeline.tokenizer_sample import Sample, chunks, language_sizes, plan_sample, sample_rates
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer
 
@@ -107,6 +113,7 @@ def test_a_vocabulary_the_corpus_cannot_fill_names_the_largest(tmp_path: Path) -
     assert biggest.vocab_size == largest
     for config, words in [(TokenizerConfig(vocab_size=100), "270 or more"),
                           (TokenizerConfig(algorithm="wordpiece"), "unigram"),
+                          (TokenizerConfig(character_coverage=0.5), "character-coverage"),
                           (TokenizerConfig(sample_mb=0), "above 0")]:
         with pytest.raises(DataError, match=words):
             build_tokenizer(tmp_path / "corpus", tmp_path / "out", config)
@@ -171,15 +178,75 @@ def test_the_sample_follows_the_mixture_and_its_size(corpus: Path) -> None:
     assert rates == {"big": pytest.approx(200 / 900), "small": 1.0, "mid": pytest.approx(80 / 500)}
     assert sample_rates({"datasets": rows}, 10_000) == {"big": 1.0, "small": 1.0, "mid": 1.0}
     manifest, _ = read_manifest(corpus)
-    half = {"code": 0.5, "odd": 1.0}
-    names = [row["id"] for row in sampled_rows(corpus, manifest, half, 0)]
-    everything = list(sampled_rows(corpus, manifest, {"code": 1.0, "odd": 1.0}, 0))
-    assert names == [row["id"] for row in everything if row["source"] == "odd"
-                     or hash_fraction(text_digest(row["text"].encode()), 0, "tokenizer") < 0.5]
-    sampled, all_code = (sum(name.startswith("code/") for name in some)
-                         for some in (names, [row["id"] for row in everything]))
-    assert 5 < sampled < all_code - 5
-    assert names != [row["id"] for row in sampled_rows(corpus, manifest, half, 1)]
+    rows_read = list(read_shard(corpus, manifest["shards"][0]))
+    half, whole = (Sample(0, {"code": rate, "odd": 1.0}, {}) for rate in (0.5, 1.0))
+    drawn = [list(half.pieces(row, "code")) for row in rows_read]
+    for row, some in zip(rows_read, drawn, strict=True):  # each piece by its own hash
+        digest = text_digest(row["text"].encode())
+        assert some == [piece for number, piece in enumerate(chunks(row["text"])) if
+                        hash_fraction(digest + number.to_bytes(8, "big"), 0, "tokenizer") < 0.5]
+        assert "".join(whole.pieces(row, "code")) == row["text"]
+    share = sum(len(piece) for some in drawn for piece in some) / sum(len(row["text"]) for row in rows_read)
+    assert 0.35 < share < 0.65
+    assert drawn != [list(dataclasses.replace(half, seed=1).pieces(row, "code")) for row in rows_read]
+
+
+def test_one_long_document_is_sampled_as_evenly_as_many() -> None:
+    text = "".join(f"line {number} of a very long document\n" for number in range(20_000))
+    pieces = list(Sample(3, {"set": 0.25}, {}).pieces({"text": text, "meta": {}}, "set"))
+    assert 0.2 < sum(map(len, pieces)) / len(text) < 0.3
+    assert all(piece in text for piece in pieces)
+
+
+@pytest.fixture(scope="module")
+def languages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of one large language and two small ones."""
+    directory = tmp_path_factory.mktemp("languages")
+    rng = random.Random(0)
+    rows = [{"text": " ".join(rng.choices(words, k=400)) + "\n", "lang": name}
+            for name, words, count in (("en", ["the", "quick", "brown", "fox"], 200), ("el", ["γράμμα", "λέξη"], 10),
+                                       ("he", ["שלום", "עולם"], 5)) for _ in range(count)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    build_corpus(mixture(directory / "mix.yaml", {"name": "set", "source": str(directory / "rows.jsonl")}),
+                 directory / "corpus")
+    return directory / "corpus"
+
+
+def test_rare_languages_can_be_lifted(languages: Path) -> None:
+    manifest, _ = read_manifest(languages)
+    sizes = language_sizes(languages, manifest)["set"]
+    assert set(sizes) == {"en", "el", "he"} and sum(sizes.values()) == manifest["datasets"][0]["bytes"]
+    budget = manifest["datasets"][0]["bytes"] // 4
+    as_they_come = plan_sample(languages, manifest, budget)
+    assert as_they_come.language_rates == {} and as_they_come.rates["set"] == pytest.approx(0.25, rel=1e-3)
+    lifted = plan_sample(languages, manifest, budget, language_alpha=0.3).language_rates["set"]
+    assert lifted["he"] == 1 and 0.7 < lifted["el"] < 1 and lifted["en"] < 0.25
+    taken = {name: rate * sizes[name] for name, rate in lifted.items()}
+    assert sum(taken.values()) == pytest.approx(budget, rel=1e-3)
+    some = plan_sample(languages, manifest, budget // 20, language_alpha=0.3).language_rates["set"]
+    ratio = some["el"] * sizes["el"] / (some["en"] * sizes["en"])
+    assert ratio == pytest.approx((sizes["el"] / sizes["en"]) ** 0.3)
+    alike = plan_sample(languages, manifest, budget // 20, language_alpha=0.0).language_rates["set"]
+    assert len({round(rate * sizes[name]) for name, rate in alike.items()}) == 1
+
+
+def test_what_is_held_out_is_not_trained_on_and_all_that_is_measured(languages: Path, tmp_path: Path) -> None:
+    made = build_tokenizer(languages, tmp_path / "out", TokenizerConfig(vocab_size=320, holdout=0.2,
+                                                                        language_alpha=0.5))
+    card = (made.directory / "TOKENIZER_CARD.md").read_text(encoding="utf-8")
+    assert "held out of training (20%)" in card and "### By language" in card and "| el " in card
+    sample = made.manifest["corpus"]["sample"]
+    assert sample["holdout"] == 0.2 and set(sample["language_rates"]["set"]) == {"en", "el", "he"}
+    manifest, _ = read_manifest(languages)
+    rows_read = list(read_shard(languages, manifest["shards"][0]))
+    plan = Sample(0, {"set": 1.0}, {}, 0.2)
+    trained = [row for row in rows_read if list(plan.pieces(row, "set"))]
+    report = tokenizer_report.measure(made, languages, manifest, Progress("test"), holdout=0.2)
+    assert report.sources["set"].documents == len(rows_read) - len(trained) > 10
+    assert sum(one.documents for one in report.languages.values()) == report.sources["set"].documents
+    for config in (TokenizerConfig(holdout=1.0), TokenizerConfig(language_alpha=1.5)):
+        with pytest.raises(DataError, match=r"holdout|language-alpha"):
+            build_tokenizer(languages, tmp_path / "never", config)
 
 
 def test_an_error_while_reading_comes_through_the_trainer(corpus: Path, tmp_path: Path) -> None:
@@ -190,3 +257,31 @@ def test_an_error_while_reading_comes_through_the_trainer(corpus: Path, tmp_path
     with pytest.raises(DataError, match="changed since it was made"):
         build_tokenizer(copy, tmp_path / "out", CONFIG)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_vocabularies_compared_on_what_none_has_seen(languages: Path, made: Tokenizer, tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "data_pipeline.tokenizer_compare", f"--corpus={languages}", f"--output={tmp_path / 'c'}",
+         "--vocab-sizes=295,308", "--algorithms=bpe,unigram", "--holdout=0.3", f"--tokenizer={made.directory}"],
+        capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    with open(tmp_path / "c" / "comparison.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = ["bpe-295", "bpe-308", "unigram-295", "unigram-308", made.directory.name]
+    assert list(dict.fromkeys(row["tokenizer"] for row in rows)) == names
+    assert {row["name"] for row in rows if row["by"] == "language"} == {"en", "el", "he"}
+    for name in names:  # the same documents for all, each in one source and one language
+        own = [row for row in rows if row["tokenizer"] == name]
+        assert sum(int(row["bytes"]) for row in own if row["by"] == "source") == sum(
+            int(row["bytes"]) for row in own if row["by"] == "language") == int(rows[0]["bytes"])
+        assert all(row["exact"] == row["documents"] and row["unknown"] == "0" for row in own)
+    tokens = {row["tokenizer"]: int(row["tokens"]) for row in rows if row["by"] == "source"}
+    assert tokens["bpe-308"] < tokens["bpe-295"]  # more pieces, fewer tokens
+    card = (tmp_path / "c" / "COMPARISON.md").read_text(encoding="utf-8")
+    assert card == ran.stdout.rstrip("\n") + "\n" and "by language" in card
+    facts = json.loads((tmp_path / "c" / "comparison.json").read_text(encoding="utf-8"))
+    assert [one["name"] for one in facts["tokenizers"]] == names
+    with pytest.raises(DataError, match="nothing to compare"):
+        compare(languages, tmp_path / "d", [])
+    with pytest.raises(DataError, match="same seed and holdout"):
+        compare(languages, tmp_path / "d", [TokenizerConfig(), TokenizerConfig(seed=1)])

@@ -15,6 +15,10 @@ def square(number: int) -> int:
     return number * number
 
 
+def threads(number: int) -> str:
+    return os.environ["POLARS_MAX_THREADS"]
+
+
 def fail(number: int) -> int:
     if number == 3:
         raise DataError(f"task {number} is broken")
@@ -52,6 +56,15 @@ def test_results_of_one_and_of_two_workers() -> None:
         assert {worker.process.pid for worker in executor._pool} == pids and len(pids) == 2
         processes = [worker.process for worker in executor._pool]
     assert not any(process.is_alive() for process in processes)
+
+
+def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POLARS_MAX_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    assert set(run_tasks(threads, range(4), 2)) == {str(max(1, cores // 2))}
+    assert "POLARS_MAX_THREADS" not in os.environ  # this process is left as it was
+    monkeypatch.setenv("POLARS_MAX_THREADS", "7")
+    assert set(run_tasks(threads, range(4), 2)) == {"7"}
 
 
 def test_errors_come_back_as_they_were() -> None:

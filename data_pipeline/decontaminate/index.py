@@ -12,6 +12,7 @@ Knows words and hashes only, no files.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ from data_pipeline.decontaminate.evaluation_sets import Item
 from data_pipeline.text.words import Hashes, Positions, WordHashes, word_hashes
 
 SHOWN_WORDS = 40  # of a shared run of words
-_LISTED = 100  # documents' places followed per n-gram of the index: more items share only a template
+_LISTED = 100  # places followed per n-gram: a seed in more of them is a template's and is left out
 _ANCHORS = 8  # windows compared per document and item
 
 
@@ -64,6 +65,16 @@ class Grams:
         same = self.keys[key] == hashes[at]
         return at[same], key[same]
 
+    def template_grams(self, texts: int) -> Positions:
+        """For each of `texts` texts, how many of its n-grams stand in more than _LISTED places."""
+        many = np.repeat(self.last - self.first > _LISTED, self.last - self.first)
+        return np.bincount(self.text[many], minlength=texts).astype(np.int64)
+
+    def rare(self, at: Positions, key: Positions) -> tuple[Positions, Positions]:
+        """Without the positions whose n-gram stands in more than _LISTED places."""
+        few = self.last[key] - self.first[key] <= _LISTED
+        return at[few], key[few]
+
     def places(self, at: Positions, key: Positions) -> tuple[Positions, Positions, Positions]:
         """For every found position, every place it stands in: (position, text, word of the text)."""
         count = np.minimum(self.last[key] - self.first[key], _LISTED)
@@ -96,16 +107,27 @@ class Index:
         self.offsets = np.append(0, np.cumsum([len(part) for part in parts])).astype(np.int64)
         self.words = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
         nothing = np.zeros(0, np.int64)
-        bag = WordHashes(self.offsets, self.words, np.zeros(0, np.uint8), nothing, nothing)
-        self._exact, self._seeds = (_grams(bag, size) for size in (self.ngram, self.seed))
+        self._bag = WordHashes(self.offsets, self.words, np.zeros(0, np.uint8), nothing, nothing)
 
     def __len__(self) -> int:
         return len(self.items)
 
+    @functools.cached_property
+    def _exact(self) -> Grams:
+        return _grams(self._bag, self.ngram)
+
+    @functools.cached_property
+    def _seeds(self) -> Grams:
+        return _grams(self._bag, self.seed)
+
+    @functools.cached_property
+    def _templates(self) -> Positions:
+        return self._seeds.template_grams(len(self.items))
+
     def search(self, words: WordHashes) -> Iterator[Hit]:
         """Every hit in the documents of `words`, document by document, exact ones first."""
         exact = _spread(words, self._exact, self.ngram)
-        seeds = self._plausible(*_spread(words, self._seeds, self.seed))
+        seeds = self._plausible(*_spread(words, self._seeds, self.seed, rare=True))
         known: set[tuple[int, int]] = set()
         hits: list[Hit] = []
         for row, text, group in _by_pair(*exact):
@@ -126,13 +148,14 @@ class Index:
                    place: Positions) -> tuple[Positions, Positions, Positions, Positions]:
         """Only pairs of document and text that share as many seeds as a likeness of `threshold` must leave.
 
-        A window of n words with likeness J differs in at most n (1 - J) / (1 + J) words, each in `seed` n-grams.
+        A window of n words with likeness J differs in at most n (1 - J) / (1 + J) words, each in `seed` n-grams; seeds
+        of a template that a hundred items share are counted on neither side.
         """
         if len(row) == 0:
             return row, at, text, place
         length = np.diff(self.offsets)[text]
         differing = np.floor(length * (1 - self.threshold) / (1 + self.threshold) + 1e-9)
-        needed = np.maximum(length - self.seed + 1 - self.seed * differing, 1)
+        needed = np.maximum(length - self.seed + 1 - self._templates[text] - self.seed * differing, 1)
         pair = row * len(self.items) + text
         where = place + pair * (int(place.max()) + 1)
         own, inverse = np.unique(pair, return_inverse=True)
@@ -171,11 +194,13 @@ def _grams(bag: WordHashes, size: int) -> Grams:
     return Grams(hashes, text, (np.arange(len(hashes)) - np.repeat(offsets[:-1], counts)).astype(np.int32))
 
 
-def _spread(words: WordHashes, grams: Grams, size: int) -> tuple[Positions, Positions, Positions, Positions]:
-    """(row, word number in the batch, text, word of the text) of every shared n-gram."""
+def _spread(words: WordHashes, grams: Grams, size: int, *,
+            rare: bool = False) -> tuple[Positions, Positions, Positions, Positions]:
+    """(row, word number in the batch, text, word of the text) of every shared n-gram, or every rare one."""
     offsets, hashes = words.ngrams(size)
     at, key = grams.find(hashes)
-    row = np.searchsorted(offsets, at, side="right") - 1
+    if rare:
+        at, key = grams.rare(at, key)
     at, text, place = grams.places(at, key)
     row = np.searchsorted(offsets, at, side="right") - 1
     return row, at - offsets[row] + words.offsets[row], text, place

@@ -21,6 +21,7 @@ from data_pipeline.text.words import mix
 
 Scores = npt.NDArray[np.float64]
 _ENTRY = np.dtype([("key", "<u8"), ("doc", "<i8")])
+_SETTLED = 100_000  # pairs turned into Python numbers at a time
 _WIDTH = 2  # members of a group compared with all younger ones in the first round; doubled in each
 
 
@@ -69,7 +70,7 @@ def drop_duplicates(groups: Groups, compare: Callable[[Docs, Docs], Scores], thr
     """(for every document the kept one it is dropped for, or -1; their likeness).
 
     `compare(older, younger)` gives the likeness of each pair; `threshold` and above are alike. In memory: the alike
-    pairs that were found (24 bytes each) and one partition; all else is in files under `work`.
+    pairs that were found (about 80 bytes each) and one partition; all else is in files under `work`.
     """
     documents = groups.documents
     leader = file_array(work / "leader", len(documents), np.int64)
@@ -99,12 +100,11 @@ def drop_duplicates(groups: Groups, compare: Callable[[Docs, Docs], Scores], thr
 def _settle(documents: Documents, pairs: npt.NDArray, leader: Docs, scores: Scores) -> None:
     """Apply the rule to the alike pairs: from old to young, each dropped for its oldest kept partner."""
     leader[:] = -1
-    dropped: set[int] = set()
     order = np.lexsort((_rank_of(documents, pairs["old"]), _rank_of(documents, pairs["young"])))
-    for old, young, score in pairs[order].tolist():
-        if old not in dropped and young not in dropped:
-            dropped.add(young)
-            leader[young], scores[young] = old, score
+    for start in range(0, len(order), _SETTLED):
+        for old, young, score in pairs[order[start:start + _SETTLED]].tolist():
+            if leader[old] < 0 and leader[young] < 0:
+                leader[young], scores[young] = old, score
 
 
 def _rank_of(documents: Documents, docs: Docs) -> Docs:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 REASON = "near duplicate"
 _SEED = 1  # of the permutations
-_READ_ROWS = 512  # documents whose 5-grams are held at a time
+_READ_ROWS = 128  # documents whose 5-grams are held at a time
 
 
 @dataclasses.dataclass(frozen=True)

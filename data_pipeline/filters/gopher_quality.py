@@ -58,7 +58,7 @@ class GopherQualityFilter(RuleFilter):
         count = {column.name: column.to_numpy() for column in counted.iter_columns()}
         real = table.distinct.str.contains(f"[^{in_brackets(PUNCTUATION)}]").to_numpy()
         stop = table.distinct.is_in(list(self.stop_words)).to_numpy()[table.codes]
-        found = np.unique(np.stack([table.documents[stop], table.codes[stop]]), axis=1)[0]
+        found = np.unique(table.documents[stop].astype(np.int64) << 32 | table.codes[stop]) >> 32
         words = table.sum(real)
         return pl.DataFrame({
             "words": words, "mean_word_length": divided(table.sum(real * table.lengths), words),

@@ -106,7 +106,7 @@ def _neighbours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _keep_repeated(first: np.ndarray, second: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A number for each pair that occurs twice or more, and its start."""
     pairs = first.astype(np.int64) << 32 | second
-    order = np.argsort(pairs, kind="stable")
+    order = np.argsort(pairs)
     new = np.ones(len(pairs), bool)
     new[1:] = np.not_equal(*_neighbours(pairs[order]))
     number = np.cumsum(new) - 1
@@ -138,16 +138,20 @@ def _duplicate_characters(table: WordTable, ends: np.ndarray, n: int, starts: np
                           grams: np.ndarray) -> np.ndarray:
     """Per document: characters of the n-grams that came before, from left to right without overlap."""
     result = np.zeros(len(table.counts), np.int64)
-    sizes = ends[starts + n] - ends[starts]
+    if not len(starts):
+        return result
+    # plain integers without a list of them all: a repetitive text of 100 MB has twenty million starts
+    gram, size = grams.data, np.ascontiguousarray(ends[starts + n] - ends[starts]).data
+    after = np.searchsorted(starts, starts + n).data  # the next start that overlaps none of this n-gram
+    repeated = np.zeros(len(starts), bool)
     seen: set[int] = set()  # a gram's number knows its document
-    free = 0
-    for document, start, gram, size in zip(table.documents[starts].tolist(), starts.tolist(), grams.tolist(),
-                                           sizes.tolist(), strict=True):
-        if start < free:
-            continue
-        if gram in seen:
-            result[document] += size
-            free = start + n
+    at = 0
+    while at < len(gram):
+        if gram[at] in seen:
+            repeated[at] = True
+            at = after[at]
         else:
-            seen.add(gram)
-    return result
+            seen.add(gram[at])
+            at += 1
+    return np.bincount(table.documents[starts[repeated]], np.asarray(size)[repeated], minlength=len(result)).astype(
+        np.int64)

@@ -59,7 +59,7 @@ class LanguageFilter(Parameters):
         reasons = keep_all(batch)
         if self.languages:
             other, unsure = ~pl.col("language").is_in(list(self.languages)), pl.col("score") < self.min_score
-            reasons = measured.select(reason=pl.when(other).then("language: " + pl.col("language")).when(unsure).then(
+            reasons = measured.select(reason=pl.when(other).then(pl.lit("language: not wanted")).when(unsure).then(
                 pl.lit("language: uncertain")).otherwise(None))["reason"]
         return Judgement(reasons, {"language": measured["language"], "language_score": measured["score"]})
 

@@ -215,7 +215,7 @@ def _splitter() -> Callable[[str], list[str]]:
 
 def _read(shard: FeatureFile) -> Iterator[tuple[Positions, npt.NDArray[Any]]]:
     with pq.ParquetFile(shard.path) as file:
-        for part in file.iter_batches(1024, columns=["buckets"]):
+        for part in file.iter_batches(256, columns=["buckets"]):
             offsets = part["buckets"].offsets.to_numpy()
             yield offsets - offsets[0], part["buckets"].flatten().to_numpy()
 

@@ -2,7 +2,8 @@
 
 from data_pipeline.config import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, format_of, paths_of
 from data_pipeline.sources.base import Input, Part, Reader, Source, State, read_all
-from data_pipeline.sources.files import FileSource, find_files, local_files
+from data_pipeline.sources.files import FileSource
+from data_pipeline.sources.find import find_files, local_files
 from data_pipeline.sources.hub import HubSource
 from data_pipeline.sources.packages import PackageSource
 from data_pipeline.sources.python_code import stdlib_files

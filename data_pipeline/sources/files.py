@@ -5,27 +5,24 @@ name, rows as they stand. Knows nothing of filters or of what is done with the d
 """
 
 import dataclasses
-import glob
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
-from data_pipeline.config import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, format_of, layout_of, paths_of
-from data_pipeline.conversations import needed_names, read_conversation, text_of
-from data_pipeline.documents import Bad, BadText, Document, Place, iso_date, make_document, scalar_meta, text_digest
+from data_pipeline.config import DatasetConfig, format_of, layout_of
+from data_pipeline.conversations import needed_names
+from data_pipeline.documents import Bad, Document, Place, iso_date, make_document, text_digest
 from data_pipeline.sources.base import Input, State
 from data_pipeline.sources.python_code import decode_source, docstrings
-from data_pipeline.sources.remote import FileRef, find_urls, is_url
+from data_pipeline.sources.remote import FileRef
+from data_pipeline.sources.rows import bounded, row_document
 from data_pipeline.sources.streams import BrokenStream, TooLong, read_blocks, read_whole, split_rows
 from data_pipeline.sources.warc import WarcRecord, extractor, read_records
-from data_pipeline.variables import expand_variables
 from nanollama.data.files import DataError
-from nanollama.data.strict import FieldError, nearest
+from nanollama.data.strict import nearest
 
 PART_BYTES = 64_000_000  # small files are read together, up to about this much as they are stored
 
@@ -298,46 +295,6 @@ class FileReader:
                                                 iso_date(record.meta.get("date")))
 
 
-def row_document(dataset: DatasetConfig, row: dict[str, Any], default_id: str, place: Place) -> Document | Bad:
-    """The document in a row of named fields."""
-    if dataset.rows == "text" and dataset.text_field not in row:
-        return Bad(place, f"no field {dataset.text_field!r}", "fields: " + ", ".join(map(str, row))[:200])
-    identity = default_id
-    if dataset.id_field is not None:
-        value = row.get(dataset.id_field)
-        if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
-            return Bad(place, f"no usable id in {dataset.id_field!r}", repr(value)[:100])
-        identity = str(value)
-        if any("\ud800" <= letter <= "\udfff" for letter in identity):
-            return Bad(place, f"no usable id in {dataset.id_field!r}", repr(value)[:100])
-    content = (dataset.text_field,) if dataset.rows == "text" else tuple(layout_of(dataset).values())
-    leave_out = {*content, *([dataset.id_field] if dataset.id_field else [])}
-    meta = scalar_meta(row, dataset.meta_fields, leave_out)
-    date = iso_date(row.get(dataset.date_field)) or iso_date(row.get("year"))
-    if dataset.rows == "text":
-        return make_document(identity, row[dataset.text_field], meta, place, date)
-    assert dataset.layout is not None
-    try:
-        read = read_conversation(row, dataset.rows, dataset.layout, layout_of(dataset))
-    except BadText as error:
-        return Bad(place, str(error))
-    return make_document(identity, text_of(read), {**meta, "turns": sum(map(len, read.sides))}, place,
-                         date)
-
-
-def _conversation_columns(dataset: DatasetConfig, schema: pyarrow.Schema) -> list[str]:
-    names = layout_of(dataset)
-    needed = needed_names(dataset.rows, dataset.layout or "")
-    return [name for field, name in names.items() if field in needed or name in schema.names]
-
-
-def bounded(dataset: DatasetConfig, item: Document | Bad) -> Document | Bad:
-    """`item`, or a bad row when its text is over max_line_bytes."""
-    if isinstance(item, Document) and len(item.encoded) > dataset.max_line_bytes:
-        return Bad(item.place, "document over max_line_bytes", f"{len(item.encoded):,} bytes")
-    return item
-
-
 def _arrow_batches(stream: Any) -> Iterator[pyarrow.RecordBatch]:
     start = stream.read(6)
     stream.seek(0)
@@ -350,60 +307,7 @@ def _arrow_batches(stream: Any) -> Iterator[pyarrow.RecordBatch]:
             yield from table
 
 
-def find_files(dataset: DatasetConfig) -> tuple[FileRef, ...]:
-    """Every file the dataset's sources match, sorted by name.
-
-    The name is the path below the part of the pattern that has no wildcard. Errors: DataError.
-    """
-    found: dict[str, FileRef] = {}
-    for pattern in paths_of(dataset):
-        try:
-            expanded = expand_variables(pattern, f"dataset {dataset.name}: source")
-        except FieldError as error:
-            raise DataError(str(error)) from error
-        matches = _url_matches(expanded) if is_url(expanded) else _path_matches(expanded)
-        if not matches:
-            _no_match(dataset, pattern, expanded)
-        for match in matches:
-            if found.setdefault(match.name, match) != match:
-                raise DataError(
-                    f"dataset {dataset.name}: {found[match.name].location} and {match.location} would both be "
-                    f"called {match.name!r} in the documents' ids. Make them two datasets.")
-    return tuple(file for _, file in sorted(found.items()))
-
-
-def local_files(files: list[tuple[str, Path]]) -> tuple[FileRef, ...]:
-    """(name, path) pairs as files."""
-    return tuple(FileRef(name, str(path), os.path.getsize(path)) for name, path in files)
-
-
-def _url_matches(pattern: str) -> list[FileRef]:
-    root, rows = find_urls(pattern)
-    return [FileRef(url.removeprefix(root).lstrip("/"), url, size) for url, size in rows]
-
-
-def _path_matches(pattern: str) -> list[FileRef]:
-    if not glob.has_magic(pattern):
-        path = Path(pattern)
-        return [FileRef(path.name, str(path), path.stat().st_size)] if path.is_file() else []
-    fixed = []
-    for part in Path(pattern).parts:
-        if glob.has_magic(part):
-            break
-        fixed.append(part)
-    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-    return [FileRef(path.relative_to(Path(*fixed)).as_posix(), str(path), path.stat().st_size)
-            for path in sorted(matches) if path.is_file()]
-
-
-def _no_match(dataset: DatasetConfig, pattern: str, expanded: str) -> None:
-    if is_url(expanded):
-        raise DataError(f"dataset {dataset.name}: no file at {expanded} (source {pattern!r}).")
-    path = Path(expanded)
-    if path.is_dir():
-        fix = f"It is a directory: write {pattern.rstrip('/')}/**/*.jsonl (or another suffix)."
-    elif os.sep not in expanded and "." not in expanded:
-        fix = nearest(expanded, [PYTHON_STDLIB, PACKAGE_METADATA])
-    else:
-        fix = "Relative paths start at the directory the command is run in."
-    raise DataError(f"dataset {dataset.name}: no file at {path.absolute()} (source {pattern!r}). {fix}")
+def _conversation_columns(dataset: DatasetConfig, schema: pyarrow.Schema) -> list[str]:
+    names = layout_of(dataset)
+    needed = needed_names(dataset.rows, dataset.layout or "")
+    return [name for field, name in names.items() if field in needed or name in schema.names]

@@ -12,8 +12,8 @@ from typing import Any
 from data_pipeline.config import DatasetConfig, paths_of
 from data_pipeline.documents import Bad, Document, Place
 from data_pipeline.sources.base import Input, State
-from data_pipeline.sources.files import bounded, row_document
 from data_pipeline.sources.remote import FileRef
+from data_pipeline.sources.rows import bounded, row_document
 from data_pipeline.variables import expand_variables
 from nanollama.data.files import DataError
 

@@ -130,7 +130,7 @@ def word_hashes(texts: pl.Series, pattern: str | None = None) -> WordHashes:
     else:
         found = lowered.str.extract_all(pattern)
         offsets = _offsets(found.list.len().to_numpy().astype(np.int64))
-        data, bounds = _buffers(found.list.explode(keep_nulls=False, empty_as_null=False))
+        data, bounds = _buffers(found.filter(found.list.len() > 0).list.explode())
         starts, ends = bounds[:-1], bounds[1:]
     return WordHashes(offsets, hash_spans(data, starts, ends), data, starts, ends)
 

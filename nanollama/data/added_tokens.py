@@ -43,11 +43,11 @@ def add_tokens(
     new = _new_tokens(source, tokens)
     ids = {token: source.vocab_size + index for index, token in enumerate(new)}
     model = (source.directory / MODEL_FILES[source.manifest["kind"]]).read_bytes()
-    stop = ids.get(STOP)
+    stop = ids.get(STOP, source.special_tokens.get(STOP))
     more = {
         "parent": {"sha256": source.sha256, "vocab_size": source.vocab_size},
         "added_tokens": ids,
-        "stop_ids": [*source.stop_ids, *([stop] if stop is not None else [])],
+        "stop_ids": list(dict.fromkeys([*source.stop_ids, *([] if stop is None else [stop])])),
     }
     template = chat_template if chat_template is not None else source.chat_template
     if source.manifest["kind"] == "sentencepiece":

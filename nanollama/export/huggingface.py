@@ -27,8 +27,9 @@ from nanollama.export.tokenizer_json import tokenizer_json
 from nanollama.export.weights import FLOATS, Tensor, TensorInfo, parameter_shapes, publish, published_tensors
 from nanollama.models.families import FAMILIES
 from nanollama.models.families.published import Exported, write_config
-from nanollama.training.checkpoint import find_step_folder, parameter_reader, read_metadata
+from nanollama.training.checkpoint import find_step_folder, read_metadata
 from nanollama.training.initial import lora_of, whole_parameter, whole_parameter_infos
+from nanollama.training.stored_parameters import parameter_reader
 
 _DEFAULT_LENGTH = 2048  # where neither the model nor the run says how long a text may be
 
@@ -45,8 +46,8 @@ def export(
 
     dtype: of the weights; "" keeps that of the weights it was imported from, else float32 (the same logits).
     adapter: of a run of adapters, these alone, as the peft package stores them; else they are merged.
-    One tensor at a time is in memory, or one chunk of the checkpoint (`training.checkpoint.parameter_reader`); of a
-    run of adapters one parameter. Errors: DataError and ConfigError, before `output` exists.
+    One tensor at a time is in memory, or one chunk of the checkpoint (`training.stored_parameters`); of a run of
+    adapters one parameter. Errors: DataError and ConfigError, before `output` exists.
     """
     output = Path(output)
     if output.exists() and any(output.iterdir()):

@@ -17,7 +17,7 @@ from nanollama.export.safetensors_file import write_safetensors
 from nanollama.export.weights import FLOATS, TensorInfo
 from nanollama.models import lora as loras
 from nanollama.models.families.published import Family, TensorMap
-from nanollama.training.checkpoint import parameter_infos, restore_parameter
+from nanollama.training.stored_parameters import parameter_infos, restore_parameter
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _TABLES = {"embedding": ("embed_tokens", "model.embed_tokens"), "head": ("lm_head", "lm_head")}

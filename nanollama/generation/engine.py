@@ -75,6 +75,8 @@ class Engine:
         sharded. max_rows: prompts written at one time.
         """
         compute = dataclasses.replace(compute or ComputeConfig(), remat="none")
+        if compute.moe == "capacity":  # would drop by what else is in the batch
+            compute = dataclasses.replace(compute, moe="auto")
         self.model, self.context_length, self.mesh, self.max_rows = model, context_length, mesh, max_rows
         self.stop_ids = tuple(stop_ids)
         self.shapes: set[tuple[Any, ...]] = set()  # of the programs compiled so far

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from nanollama.config import Config, resolve
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.models.decoder import Params
+from nanollama.ops.rounding import widened
 from nanollama.training.checkpoint import find_step_folder, read_metadata
 from nanollama.training.initial import restore_whole
 
@@ -47,4 +48,4 @@ def load_model(checkpoint: str | Path, tokenizer: str | Path | None = None) -> L
     frozen.require(metadata["tokenizer"], f"Checkpoint {folder}",
                    f"Give the run's own tokenizer: --tokenizer={beside}")
     config = dataclasses.replace(resolve(metadata["config"]), lora=None)
-    return LoadedModel(restore_whole(folder), config, frozen, folder)
+    return LoadedModel(widened(restore_whole(folder)), config, frozen, folder)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import ComputeConfig, ConfigError, LoraConfig, ModelConfig
+from nanollama.kernels.flash import LSE_NAME, OUTPUT_NAME
 from nanollama.models import lora as loras
 from nanollama.models.attention import Context, cache_heads, grouped_query_attention, latent_attention
 from nanollama.models.feed_forward import ROUTERS, gated_feed_forward, mixture_of_experts
@@ -283,6 +284,7 @@ def _remat(compute: ComputeConfig) -> Any:
     """Which of a layer's values the backward pass finds saved; None for all of them."""
     return {
         "none": None,
+        "names": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME, LSE_NAME),
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "full": jax.checkpoint_policies.nothing_saveable,
     }[compute.remat]

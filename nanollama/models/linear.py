@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from nanollama.config import LoraConfig
 from nanollama.models import lora as loras
+from nanollama.ops.fp8 import fp8_matmul
 
 
 def normal(std: float) -> nn.initializers.Initializer:
@@ -49,7 +50,7 @@ def linear(
     flattened to matrices, because XLA:CPU contracts two batch axes badly in the weight gradients.
     """
     weight = parameter(module, name, axes, shape, normal(std)).astype(x_NI.dtype)
-    y_NO = x_NI @ weight.reshape(math.prod(shape[:inputs]), -1)
+    y_NO = matmul(module, x_NI, weight.reshape(math.prod(shape[:inputs]), -1))
     if bias:
         offset = parameter(module, f"{name}_bias", axes[inputs:], shape[inputs:], nn.initializers.zeros)
         y_NO += offset.reshape(-1).astype(x_NI.dtype)
@@ -114,3 +115,8 @@ def dropped(module: nn.Module, x_NI: jax.Array) -> jax.Array:
 def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
     """Uniform initial values in [-bound, bound)."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def matmul(module: nn.Module, x_NI: jax.Array, weight_IO: jax.Array) -> jax.Array:
+    """x times a weight of the layers, as the module's compute settings want it."""
+    return fp8_matmul(x_NI, weight_IO) if module.compute.fp8 else x_NI @ weight_IO

@@ -25,20 +25,22 @@ def loss_sums(
     """(sum to minimise, all sums) over the batch's tokens, float32; ready for `jax.value_and_grad(has_aux=True)`.
 
     batch: tokens, targets, positions, first_key [B, T] int32; weights [B, T] float32, 0 where nothing is learned.
-    micro_batches: that pass through the mesh's pipeline stages, where it has some.
+    Without first_key each row is one document. micro_batches: that pass through the mesh's pipeline stages, where it
+    has some.
     """
-    moe, pieces = decoder.model.moe, context.size() > 1
-    real_BT = None if moe is None else real_tokens(batch["first_key"])
-    rngs = dropout_rngs(batch)
+    moe, first_key_BT, rngs = decoder.model.moe, batch.get("first_key"), dropout_rngs(batch)
+    real_BT = None if moe is None else batch["weights"] > 0 if first_key_BT is None else real_tokens(first_key_BT)
+    pieces = context.size() > 1
     if pieces:  # a device has two pieces of each of its rows: everything but attention treats them as rows
-        arrays = {name: batch[name] for name in ("tokens", "positions", "first_key", "targets", "weights")}
+        names = ("tokens", "positions", "first_key", "targets", "weights")
+        arrays = {name: batch[name] for name in names if name in batch}
         batch = context.to_pieces(arrays if real_BT is None else {**arrays, "real": real_BT})
-        real_BT = batch.get("real")
+        first_key_BT, real_BT = batch.get("first_key"), batch.get("real")
     (hidden_BTD, _), state = decoder.apply(
         {"params": params},
         batch["tokens"],
         batch["positions"],
-        batch["first_key"],
+        first_key_BT,
         real_BT=real_BT,
         starts_B=context.starts(*batch["tokens"].shape) if pieces else None,
         micro_batches=micro_batches,

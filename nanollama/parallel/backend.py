@@ -6,6 +6,7 @@ meshes: only jax, numpy and the standard library, so that a kernel can be measur
 
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -33,6 +34,19 @@ INSTALL_FIX = "pip install --upgrade 'jax>=0.10.1,!=0.10.2,!=0.11.0'"
 # does not know, so an untried version gets none. oneDNN matmuls end before 0.11: jaxlib 0.12.0.1 computes wrong
 # gradients with them (`transposed_addition` below, docs/decisions.md).
 CPU_FLAGS = {"--xla_cpu_experimental_onednn_custom_call=true": ((0, 10, 1), (0, 11))}
+# GPU: the same bits in every run (scatter-adds of the embedding's gradient are atomic otherwise), and collectives that
+# run beside the products of other layers. Chosen from the documentation; not yet measured by us.
+_TRIED = ((0, 10, 1), (0, 13))
+GPU_FLAGS = {
+    "--xla_gpu_deterministic_ops=true": _TRIED,
+    "--xla_gpu_enable_latency_hiding_scheduler=true": _TRIED,
+    "--xla_gpu_enable_pipelined_all_gather=true": _TRIED,
+    "--xla_gpu_enable_pipelined_all_reduce=true": _TRIED,
+    "--xla_gpu_enable_pipelined_reduce_scatter=true": _TRIED,
+}
+# TPU: none. Its compiler reads LIBTPU_INIT_ARGS, overlaps collectives as it comes, and refuses what it does not know.
+FLAGS = {"cpu": CPU_FLAGS, "gpu": GPU_FLAGS, "tpu": {}}
+_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 # glibc's madvise(MADV_HUGEPAGE) for all of malloc. It is read when a process starts, never later.
@@ -63,7 +77,9 @@ def start(*, elastic: bool = False, devices: int | None = None, processes: int =
     if _running():
         _check_running(elastic, devices)
     else:
-        os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), JAXLIB_VERSION)
+        os.environ["XLA_FLAGS"] = with_flags(
+            os.environ.get("XLA_FLAGS", ""), JAXLIB_VERSION, expected_platform()
+        )
         if elastic:
             os.environ["NPROC"] = str(ELASTIC_THREADS)
         elif processes > 1:  # a collective of gloo blocks its thread: with too few for all devices none goes on
@@ -94,12 +110,22 @@ def refuse_version(version: str) -> None:
         raise BackendError(f"jaxlib {version} {REFUSED_JAXLIB[version]}. Install another: {INSTALL_FIX}")
 
 
-def with_flags(flags: str, version: str) -> str:
-    """XLA_FLAGS with our speed flags, save those the user already names or jaxlib `version` may not know."""
+def expected_platform() -> str:
+    """cpu, gpu or tpu: what JAX will run on, as far as can be told before it starts."""
+    asked = (os.environ.get("JAX_PLATFORMS") or "").partition(",")[0].lower()
+    if asked:
+        return "gpu" if asked in ("cuda", "rocm", "gpu") else asked
+    installed = {"gpu": _CUDA_PLUGINS, "tpu": ("libtpu",)}
+    found = (name for name, modules in installed.items() if any(map(importlib.util.find_spec, modules)))
+    return next(found, "cpu")
+
+
+def with_flags(flags: str, version: str, platform: str = "cpu") -> str:
+    """XLA_FLAGS with a platform's flags, save those the user already names or jaxlib `version` may not know."""
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     ours = [
         flag
-        for flag, (first, end) in CPU_FLAGS.items()
+        for flag, (first, end) in FLAGS.get(platform, {}).items()
         if first <= release < end and flag.partition("=")[0] not in flags
     ]
     return " ".join([*flags.split(), *ours])

@@ -258,7 +258,7 @@ def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -
     """
     folder = find_step_folder(path)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    saved = _saved_arrays(folder)["params"]
+    saved = saved_arrays(folder)["params"]
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings or default, saved)
     abstract = {
@@ -277,50 +277,6 @@ def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -
     return params, _read_metadata(folder)
 
 
-def parameter_infos(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """(shape, type) of each parameter by its path, "layers/query"; `path` as in `restore_params`. Reads none."""
-    saved = _saved_arrays(find_step_folder(path))["params"]
-    return {
-        jax.tree_util.keystr(name, simple=True, separator="/"): (tuple(leaf.shape), np.dtype(leaf.dtype).name)
-        for name, leaf in jax.tree_util.tree_leaves_with_path(saved)
-    }
-
-
-def restore_parameter(folder: str | Path, name: str) -> np.ndarray:
-    """One parameter ("layers/query") of a step folder, whole, on the host."""
-    return parameter_reader(folder, name, 0)(())
-
-
-def parameter_reader(folder: str | Path, name: str, stacked: int) -> Callable[[tuple[int, ...]], np.ndarray]:
-    """Reads one parameter ("layers/query") of a step folder part by part, by an index of its first `stacked` axes.
-
-    For what must not hold the whole model. A part costs as much memory as the chunks it was saved in: those of
-    imported models are parts; training saves each device's share as one chunk, which is kept until a part outside
-    of it is asked for.
-    """
-    key = ".".join(["params", *name.split("/")])
-    store = {"driver": "ocdbt", "base": (Path(folder).absolute() / "state").as_uri() + "/", "path": key + "/"}
-    try:
-        array = ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {name} cannot be read: {error}. Is the folder whole?") from error
-    sizes: tuple[int, ...] = tuple(array.chunk_layout.read_chunk.shape)[:stacked]  # type: ignore[arg-type]
-    kept: dict[tuple[int, ...], np.ndarray] = {}
-
-    def read(index: tuple[int, ...]) -> np.ndarray:
-        corner = tuple(at // size * size for at, size in zip(index, sizes, strict=True))
-        if corner not in kept:
-            kept.clear()
-            ends = (min(at + size, end) for at, size, end in zip(corner, sizes, array.shape, strict=False))
-            span = tuple(slice(at, end) for at, end in zip(corner, ends, strict=True))
-            kept[corner] = np.asarray(array[span].read().result())
-        inside = tuple(at - start for at, start in zip(index, corner, strict=True))
-        part: np.ndarray = kept[corner][inside]
-        return part
-
-    return read
-
-
 def read_metadata(folder: str | Path) -> dict[str, Any]:
     """What was saved beside the arrays of a step folder."""
     return _read_metadata(Path(folder))
@@ -329,7 +285,7 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
 def restore_numpy(path: str | Path) -> dict[str, Any]:
     """The whole state {step, params, opt_state} as NumPy arrays on the host, of `path` as in `restore_params`."""
     folder = find_step_folder(path)
-    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _saved_arrays(folder))
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved_arrays(folder))
     return _read_arrays(folder, ocp.PyTreeCheckpointHandler(), ocp.args.PyTreeRestore(restore_args=arguments))
 
 
@@ -362,7 +318,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metadata" / "metadata").read_text(encoding="utf-8"))
 
 
-def _saved_arrays(folder: Path) -> Any:
+def saved_arrays(folder: Path) -> Any:
     """Shapes and types of the saved state, as plain dicts and lists; reads no array."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         return handler.metadata(folder / "state").tree
@@ -375,10 +331,7 @@ def _read_arrays(folder: Path, handler: ocp.CheckpointHandler, arguments: ocp.ar
 
 
 def check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig, besides: Sequence[str] = ()) -> None:
-    """Compare architectures field by field, but for `besides` and `init_std`, which only matters to fresh parameters.
-
-    Errors: CheckpointError names each field that differs, with both values.
-    """
+    """Compare architectures, but for `besides` and `init_std`. Errors: CheckpointError names fields and both values."""
     try:
         saved = to_mapping(from_mapping(ModelConfig, metadata["config"]["model"], "config.model"))
     except (KeyError, TypeError, FieldError) as error:
@@ -404,7 +357,7 @@ def _check_arrays(folder: Path, abstract_state: Any) -> None:
             jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
-        for tree in (_saved_arrays(folder), abstract_state)
+        for tree in (saved_arrays(folder), abstract_state)
     )
     different = [
         f"{name}: checkpoint {saved.get(name, 'has none')}, asked {asked.get(name, 'for none')}"

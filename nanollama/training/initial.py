@@ -20,19 +20,19 @@ from nanollama.config import Config, ConfigError, LoraConfig
 from nanollama.data.strict import from_mapping
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.models import lora as loras
+from nanollama.ops.rounding import widened
 from nanollama.training import state as states
 from nanollama.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     check_model,
     find_step_folder,
-    parameter_infos,
     read_metadata,
-    restore_parameter,
     restore_params,
 )
 from nanollama.training.integrity import checkpoint_hash
 from nanollama.training.state import TrainState
+from nanollama.training.stored_parameters import parameter_infos, restore_parameter
 
 # What a new run may change of the model that it starts from: how far it reads. Shapes stay, so do the weights.
 CONTEXT_FIELDS = ("rope_theta", "rope_scaling", "max_position_embeddings")
@@ -78,7 +78,8 @@ def fresh(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -
         params = loras.with_learned(params, adapters)
     begin = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
     step = jax.device_put(np.zeros((), np.int32), shardings.step)
-    return TrainState(step, params, begin(loras.learned(params)))
+    opt_state = begin(widened(loras.learned(params)))
+    return TrainState(step, states.stored(params, config), opt_state)
 
 
 def own(state: TrainState) -> TrainState:
@@ -95,7 +96,8 @@ def resumed(
     if config.lora is not None:
         where = jax.tree.map(lambda array: array.sharding, _base(abstract.params, config))
         base = restore_whole(_find_base(metadata, checkpoints.directory, config.initial_checkpoint), where)
-        state = dataclasses.replace(state, params=loras.with_learned(base, state.params))
+        params = states.stored(loras.with_learned(base, state.params), config)
+        state = dataclasses.replace(state, params=params)
     return state, metadata
 
 
@@ -143,7 +145,7 @@ def whole_parameter(folder: Path) -> Callable[[str], np.ndarray]:
 
 
 def whole_parameter_infos(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """As `checkpoint.parameter_infos`, of the plain model."""
+    """As `stored_parameters.parameter_infos`, of the plain model."""
     metadata = read_metadata(folder)
     if lora_of(metadata) is None:
         return parameter_infos(folder)

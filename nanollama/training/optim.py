@@ -56,7 +56,7 @@ def build_optimizer(config: OptimizerConfig, schedule: optax.Schedule, axes: Any
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.momentum_dtype)
 
 
 def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
@@ -72,7 +72,9 @@ def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
         )
 
     muon = optax.chain(
-        scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dimensions),
+        scale_by_muon(
+            beta=config.muon_momentum, weight_dimension_numbers=dimensions, mu_dtype=config.momentum_dtype
+        ),
         optax.stateless(lambda updates, _: jax.tree.map(_match_rms, updates, dimensions(updates))),
     )
     return optax.partition({"muon": muon, "adam": _adam(config)}, labels)

@@ -25,7 +25,7 @@ class TrainState:
     """All that a resumed run needs; the position in the data is the step."""
 
     step: jax.Array  # int32 scalar: updates done
-    params: Any  # float32, plain nested dict
+    params: Any  # plain nested dict; float32, or matrices as config.optimizer.parameter_dtype says
     opt_state: Any  # of `models.lora.learned(params)`: all of them, or the adapters
 
 
@@ -86,7 +86,18 @@ def logical_axes(model: ModelConfig, lora: LoraConfig | None = None) -> Any:
 
 def _fresh(config: Config, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     params = nn.meta.unbox(init_params(Decoder(config.model, config.compute, config.lora), seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(loras.learned(params)))
+    opt_state = optimizer.init(loras.learned(params))  # while float32: both moments would take their dtype
+    return TrainState(jnp.zeros((), jnp.int32), stored(params, config), opt_state)
+
+
+def stored(params: Any, config: Config) -> Any:
+    """Parameters in the dtype they are kept in: the matrices' is `config.optimizer.parameter_dtype`."""
+
+    def cast(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        is_matrix = bool({"embed", "latent"} & set(axes)) and "rank" not in axes  # adapters are small
+        return array.astype(config.optimizer.parameter_dtype) if is_matrix else array
+
+    return jax.tree.map(cast, params, logical_axes(config.model, config.lora))
 
 
 def fresh_adapters(config: Config, optimizer: optax.GradientTransformation, seed: int) -> Any:

@@ -24,6 +24,7 @@ from nanollama.models.lora import learned, with_dropout_keys, with_learned
 from nanollama.objectives import next_token
 from nanollama.ops.losses import LossSums
 from nanollama.ops.moe import MoeSums, updated_bias
+from nanollama.ops.rounding import add_rounded, widened
 from nanollama.parallel import context
 from nanollama.parallel.mesh import BATCH_AXES, batch_sharding
 from nanollama.training.schedules import make_schedule
@@ -121,6 +122,8 @@ def make_gradient(
     loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss, micro_batches=through)
 
     def gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
+        if not config.data.mask_documents:  # said when compiling, so that backends without documents may be used
+            batch = {key: x_BT for key, x_BT in batch.items() if key != "first_key"}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return sum_gradients(loss, params, batch, apart, shardings.params)
 
@@ -163,7 +166,8 @@ def gradient_of(loss: Loss) -> Callable[[Any, Batch], tuple[Any, LossSums]]:
         return loss(with_learned(params, new), batch)
 
     def gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
-        (_, sums), gradients = jax.value_and_grad(of_learned, has_aux=True)(learned(params), params, batch)
+        new = widened(learned(params))  # gradients take their dtype
+        (_, sums), gradients = jax.value_and_grad(of_learned, has_aux=True)(new, params, batch)
         return gradients, sums
 
     return gradient
@@ -190,8 +194,8 @@ def update(
     """
     gradients = jax.tree.map(lambda g: g / sums.weight, gradient_sums)
     before = learned(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, before)
-    params = with_learned(state.params, optax.apply_updates(before, updates))
+    updates, opt_state = optimizer.update(gradients, state.opt_state, widened(before))
+    params = with_learned(state.params, add_rounded(before, updates, state.step))
     metrics = {
         "loss": sums.nll / sums.weight,
         "z_loss": sums.z / sums.weight,

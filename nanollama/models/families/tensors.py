@@ -24,7 +24,8 @@ class ExpertNames(NamedTuple):
 
 def decoder_tensors(model: ModelConfig, names: ExpertNames | None = None) -> list[TensorMap]:
     """Names of the whole decoder: the same in Llama, Mistral, Qwen2 and Qwen3, and but for the experts everywhere."""
-    maps, extras = [TensorMap("embedding", "model.embed_tokens.weight")], []
+    maps = [TensorMap("embedding", "model.embed_tokens.weight")]
+    extras: list[TensorMap] = []
     for stack in stacks(model):
         parts = [("attention_norm", _BLOCK + "input_layernorm.weight", 0)]
         parts += _latent(model) if model.latent else _grouped_query()

@@ -1,0 +1,168 @@
+"""`python -m nanollama.kernels.tune`: measure tiles and backends on this GPU, and keep the best in a table.
+
+    python -m nanollama.kernels.tune --head-dim=64 --heads=32 --kv-heads=4 --lengths=4096,16384
+
+For each length, packed (eight documents a row) and plain: each kernel's tile is chosen with the others fixed, by the
+time of forward, then of forward and backward; plain rows are also timed with cuDNN. About a minute a shape, most of it
+compilation. `tuning` says where the table is. Imports only jax and numpy.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanollama.kernels import tuning
+from nanollama.kernels.flash import flash_attention
+from nanollama.kernels.flash_programs import Tile, Tiles
+
+DOCUMENTS = 8  # of a packed row
+
+CANDIDATES: dict[str, tuple[Tile, ...]] = {
+    "forward": (
+        Tile(64, 64, 4, 3),
+        Tile(128, 32, 4, 3),
+        Tile(128, 64, 4, 3),
+        Tile(128, 64, 8, 2),
+        Tile(128, 128, 8, 2),
+    ),
+    "q_gradient": (Tile(64, 32, 4, 3), Tile(64, 64, 4, 2), Tile(128, 32, 4, 2), Tile(128, 64, 8, 2)),
+    "kv_gradient": (Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 128, 4, 2), Tile(64, 128, 8, 2)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One shape to measure."""
+
+    rows: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    plain: bool
+    dtype: str = "bfloat16"
+
+    def shape(self) -> tuning.Shape:
+        group = self.heads // self.kv_heads
+        return tuning.Shape(self.dtype, self.head_dim, self.head_dim, group, self.length, self.plain)
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """Random q, k, v, first_key, start: GPUs run zeros faster than numbers."""
+        generator = np.random.default_rng(0)
+        shapes = [
+            (self.rows, self.length, heads, self.head_dim) for heads in (self.heads, self.kv_heads, self.kv_heads)
+        ]
+        q, k, v = (jnp.asarray(generator.standard_normal(shape, np.float32), self.dtype) for shape in shapes)
+        index = np.arange(self.length)
+        part = -(-self.length // DOCUMENTS)
+        first_key = np.broadcast_to(np.zeros_like(index) if self.plain else index // part * part, q.shape[:2])
+        return q, k, v, jnp.asarray(first_key, jnp.int32), jnp.zeros(self.rows, jnp.int32)
+
+
+def milliseconds(function: Callable[..., Any], arguments: Sequence[jax.Array], repeats: int = 10) -> float:
+    """Median time of a jitted call, after one to compile and warm up."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def flash(problem: Problem, tiles: Tiles, interpret: bool = False) -> Callable[..., jax.Array]:
+    """`f(q, k, v, first_key, start)`."""
+    return functools.partial(flash_attention, scale=problem.head_dim**-0.5, tiles=tiles, interpret=interpret)
+
+
+def cudnn(problem: Problem) -> Callable[..., jax.Array]:
+    """As `flash`, plain causal."""
+
+    def function(q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array, start: jax.Array) -> jax.Array:
+        del first_key, start
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    return function
+
+
+def with_gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Output and gradients to q, k and v, jitted."""
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, *mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = function(q, k, v, *mask)
+        return jnp.sum(out.astype(jnp.float32) ** 2), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+
+def tune(
+    problem: Problem,
+    candidates: dict[str, tuple[Tile, ...]] = CANDIDATES,
+    interpret: bool = False,
+    clock: Callable[[Callable[..., Any], Sequence[jax.Array]], float] = milliseconds,
+) -> dict[str, Any]:
+    """The table's entry for a problem: the fastest tiles, and the faster of pallas and cudnn where both can."""
+    arrays, best = problem.arrays(), tuning.default_tiles(problem.head_dim)
+    took: dict[str, float] = {}
+    for part, choices in candidates.items():
+        times: dict[Tile, float] = {}
+        for tile in dict.fromkeys((getattr(best, part), *choices)):
+            function = flash(problem, dataclasses.replace(best, **{part: tile}), interpret)
+            try:
+                times[tile] = clock(jax.jit(function) if part == "forward" else with_gradients(function), arrays)
+            except Exception as error:  # a tile too large for this GPU fails to compile, in a way of its own each time
+                print(f"  {part} {tile}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+        if not times:
+            raise RuntimeError(f"{problem}: no tile of {part} compiles on {jax.devices()[0].device_kind}")
+        fastest = min(times, key=times.__getitem__)
+        best = dataclasses.replace(best, **{part: fastest})
+        took["forward" if part == "forward" else "forward_and_backward"] = times[fastest]
+    backend = "pallas"
+    if problem.plain and not interpret:
+        try:
+            took["cudnn_forward_and_backward"] = clock(with_gradients(cudnn(problem)), arrays)
+        except Exception as error:
+            print(f"  cudnn: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+        if took.get("cudnn_forward_and_backward", float("inf")) < took["forward_and_backward"]:
+            backend = "cudnn"
+    rounded = {key: round(value, 4) for key, value in took.items()}
+    return {"backend": backend, "tiles": tuning.tiles_as_dict(best), "milliseconds": rounded}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanollama.kernels.tune", description="Measure attention tiles on this GPU, and keep the best."
+    )
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--lengths", default="4096", help="positions per row, comma-separated")
+    parser.add_argument("--tokens", type=int, default=32768, help="positions per measurement; rows follow")
+    options = parser.parse_args(arguments)
+    if jax.default_backend() != "gpu":
+        print(f"error: the kernels are for GPUs, and JAX runs on {jax.default_backend()} here.", file=sys.stderr)
+        return 2
+    kind = jax.devices()[0].device_kind
+    for length in map(int, options.lengths.split(",")):
+        for plain in (False, True):
+            rows = max(1, options.tokens // length)
+            problem = Problem(rows, length, options.heads, options.kv_heads, options.head_dim, plain)
+            entry = tune(problem)
+            path = tuning.save(kind, {tuning.name(problem.shape()): entry})
+            print(f"{tuning.name(problem.shape())}: {entry['backend']}, {entry['milliseconds']} ms", flush=True)
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
