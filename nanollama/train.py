@@ -111,6 +111,11 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         metadata = {"config": as_dict(config), "tokenizer": tokenizer.sha256, "mixture": mixture.describe(),
                     "parent": parent}
 
+        if team.processes > 1:  # all compile before any runs: at a first collective gloo waits for the others 30 s only
+            first = steps.put_batch(loader.batch(start).arrays, config, mesh)
+            train_step = train_step.lower(state, first).compile()
+            team.exchange("compiled")
+
         # 3. The loop: dispatch a step, read the figures of the one before; save before evaluating.
         stack.enter_context(jax.transfer_guard("disallow"))
         for step, batch in zip(range(start + 1, config.steps + 1), loader.iterate(start), strict=False):
