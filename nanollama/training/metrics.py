@@ -120,6 +120,21 @@ class MetricsLog:
         print(text, file=self._stream or sys.stdout, flush=True)
 
 
+class NoLog:
+    """The log of a process that is not the first: one writes for all."""
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def train(self, step: int, scalars: Mapping[str, float], host: Mapping[str, Any]) -> None: ...
+
+    def validation(self, step: int, figures: Mapping[str, Any]) -> None: ...
+
+    def event(self, step: int, text: str, **fields: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Lines of a metrics file, oldest first; none if there is no file. A line a kill cut off is left out."""
     lines = []
