@@ -131,6 +131,8 @@ class MeshConfig:
     fsdp: int = 1  # batch and parameters sharded together
     tensor: int = 1  # heads, ffn and vocabulary
     expert: int = 1  # batch, and the experts of each layer; the other parameters are whole on each
+    context: int = 1  # positions: each device has two pieces of every row, and gathers the keys and values of all
+    stage: int = 1  # layers: micro-batches pass through the stages one behind the other
 
 
 @dataclasses.dataclass(frozen=True)

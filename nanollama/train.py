@@ -7,6 +7,7 @@ A step's figures are read while the next step runs, so the device never waits fo
 import argparse
 import contextlib
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,18 +20,19 @@ from nanollama.config import Config, ConfigError, as_dict
 from nanollama.data.files import DataError, Lock, read_json
 from nanollama.data.loader import Loader
 from nanollama.data.mixture import open_mixture
-from nanollama.data.tokenizer import copy_tokenizer
+from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
 from nanollama.experiments import run_folder
 from nanollama.models.accounting import count_parameters, flops_per_token
 from nanollama.models.decoder import Decoder
 from nanollama.models.lora import learned
-from nanollama.parallel import backend
-from nanollama.parallel.mesh import make_mesh, one_device
+from nanollama.parallel import backend, distributed
+from nanollama.parallel.mesh import make_mesh, one_device, process_block
+from nanollama.parallel.team import Team, TeamError
 from nanollama.planning import here
 from nanollama.training import elastic, initial
 from nanollama.training import step as same_mesh
 from nanollama.training.checkpoint import Checkpoints
-from nanollama.training.metrics import MetricsLog, Throughput, total_peak
+from nanollama.training.metrics import MetricsLog, NoLog, Throughput, total_peak
 from nanollama.training.optim import make_optimizer
 from nanollama.training.samples import Sampler
 from nanollama.training.state import abstract_state, state_shardings
@@ -39,35 +41,50 @@ from nanollama.training.validation import Validation
 from nanollama.training.watch import NotFinite, Watch
 
 
-def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "") -> bool:
+def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "", team: Team | None = None) -> bool:
     """Train to `config.steps`: True when that was reached, False when asked to stop before (and saved).
 
+    team: the processes of this run, all of which call this with the same arguments; the first one writes.
     Errors: ConfigError and DataError before any work is done, NotFinite during it.
     """
-    print(describe(config), flush=True)
+    team = Team() if team is None else team
+    say = print if team.first else _quiet
+    say(describe(config), flush=True)
     mesh = make_mesh(config.mesh)
     if warning := here.check_memory(config, mesh.size):
-        print(warning, flush=True)
+        say(warning, flush=True)
     mixture = open_mixture(config.data, split="train", vocab_size=config.model.vocab_size)
-    hosts = dict(host=jax.process_index(), hosts=jax.process_count())
-    loader = Loader(mixture, seed=config.seed, global_batch=config.batch.global_rows, **hosts)
+    mine, blocks = process_block(mesh)  # processes that share rows (tensor, context) read the same ones
+    loader = Loader(mixture, seed=config.seed, global_batch=config.batch.global_rows, host=mine, hosts=blocks)
+    read = [member.packed.dataset_id for member in mixture.sets]
+    for process, other in enumerate(team.exchange(read)):
+        if other != read:
+            raise DataError(f"process {process} reads the packed sets {other}, process {team.process} {read}: copy the "
+                            "same sets to every host, or put them where all hosts see them.")
     decoder, optimizer = Decoder(config.model, config.compute, config.lora), make_optimizer(config)
     steps, whole = (elastic, one_device(mesh)) if config.determinism == "elastic" else (same_mesh, mesh)
     validation = Validation(config, decoder, whole) if config.evaluation.every else None
     train_step = steps.make_train_step(config, decoder, optimizer, mesh, state_shardings(config, optimizer, mesh))
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(Lock(workdir))
+        if team.first:
+            stack.enter_context(Lock(workdir))
         stop = stack.enter_context(StopSignal())
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
-        start = starting_step(workdir, checkpoints, resume)
-        if start >= config.steps and finished(workdir, start):
-            print(f"{workdir}: done at step {start}")
+        start, done, parent = 0, False, None
+        if team.first:
+            start = starting_step(workdir, checkpoints, resume)
+            done = start >= config.steps and finished(workdir, start)
+            if not done:
+                parent = None if start else initial.find_parent(config, mixture.tokenizer)
+                run_folder.prepare(workdir, config, step=start, given=given, parent=parent)
+                copy_tokenizer(config.data.tokenizer, workdir / "tokenizer")
+        start, done, parent = team.exchange([start, done, parent])[0]
+        if done:
+            say(f"{workdir}: done at step {start}")
             return True
-        parent = None if start else initial.find_parent(config, mixture.tokenizer)
-        run_folder.prepare(workdir, config, step=start, given=given, parent=parent)
-        tokenizer = copy_tokenizer(config.data.tokenizer, workdir / "tokenizer")
+        tokenizer = Tokenizer.load(workdir / "tokenizer")
 
         # 1. The state: from the newest good checkpoint, from another run's, or born sharded.
         source_tokens = np.zeros(len(loader.sources), np.int64)
@@ -85,32 +102,43 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         speed = Throughput(steps=config.steps, flops_per_token=flops, peak=peak)
         log = MetricsLog(
             workdir, config.logging, resume_step=start, steps=config.steps, convention=convention, name=config.name
-        )
+        ) if team.first else NoLog()
         stack.callback(log.close)
         watch = Watch(config, log, speed, loader, checkpoints, source_tokens)
         sampler = Sampler(config, tokenizer, whole, workdir / "samples")
+        if team.processes > 1 and config.logging.sample_prompts:
+            say("samples are written by runs of one process only: nanollama.generate writes them from a checkpoint")
         metadata = {"config": as_dict(config), "tokenizer": tokenizer.sha256, "mixture": mixture.describe(),
                     "parent": parent}
+
+        if team.processes > 1:  # all compile before any runs: at a first collective gloo waits for the others 30 s only
+            first = steps.put_batch(loader.batch(start).arrays, config, mesh)
+            train_step = train_step.lower(state, first).compile()
+            team.exchange("compiled")
 
         # 3. The loop: dispatch a step, read the figures of the one before; save before evaluating.
         stack.enter_context(jax.transfer_guard("disallow"))
         for step, batch in zip(range(start + 1, config.steps + 1), loader.iterate(start), strict=False):
             state, scalars = train_step(state, steps.put_batch(batch.arrays, config, mesh))
-            watch.dispatched(step, scalars, batch)
+            # What one process knows and all must: whether to stop, and the labels that each read.
+            known = team.exchange([stop.requested, mine, batch.source_tokens.tolist()])
+            stopping = next((signal.Signals(number) for number, _, _ in known if number), None)
+            of_blocks = {block: tokens for _, block, tokens in known}
+            watch.dispatched(step, scalars, np.sum(list(of_blocks.values()), axis=0))
             checkpoints.check()
-            if stop.requested or step == config.steps or step % config.checkpoint.every == 0:
+            if stopping or step == config.steps or step % config.checkpoint.every == 0:
                 watch.catch_up()  # raises before a state that is not finite can be saved
                 checkpoints.save(step, initial.own(state), {**metadata, "source_tokens": watch.source_tokens.tolist()})
             if step == config.steps:
                 break
-            if stop.requested:
-                log.event(step, f"{stop.requested.name}: saved and stopped; --resume goes on", event="stopped")
+            if stopping:
+                log.event(step, f"{stopping.name}: saved and stopped; --resume goes on", event="stopped")
                 return False
             with speed.pause():
                 if validation and step % config.evaluation.every == 0:
                     watch.catch_up()
                     log.validation(step, validation.run(state.params))
-                if config.logging.sample_every and step % config.logging.sample_every == 0:
+                if team.processes == 1 and config.logging.sample_every and step % config.logging.sample_every == 0:
                     watch.catch_up()
                     print(sampler.write(step, state.params), end="", flush=True)
 
@@ -119,9 +147,15 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         figures = validation.run(state.params) if validation else {}
         if figures:
             log.validation(config.steps, figures)
-        print(sampler.write(config.steps, state.params), end="", flush=True)
-        run_folder.add_result(workdir, "training", {"step": config.steps, "validation": figures})
+        if team.processes == 1:
+            print(sampler.write(config.steps, state.params), end="", flush=True)
+        if team.first:
+            run_folder.add_result(workdir, "training", {"step": config.steps, "validation": figures})
     return True
+
+
+def _quiet(*_: object, **__: object) -> None:
+    """What the other processes do with what the first one prints."""
 
 
 def starting_step(workdir: Path, checkpoints: Checkpoints, resume: bool) -> int:
@@ -169,15 +203,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="path.py or path.py:argument, e.g. configs/phase1.py:runlocal")
     parser.add_argument("--workdir", type=Path, help="run folder; default runs/<name of the config>")
     parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in the run folder")
-    parser.add_argument("--devices", type=int, help="virtual CPU devices to make, for trying meshes")
+    parser.add_argument("--devices", type=int, help="virtual CPU devices of this process, for trying meshes")
+    several = parser.add_argument_group("several processes (found by themselves under SLURM, Kubernetes, TPU pods)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, help="how many there are")
+    several.add_argument("--process", type=int, help="which one this is, from 0")
+    several.add_argument("--join-timeout", type=float, default=300.0, help="seconds to wait for all (%(default)s)")
     options, rest = parser.parse_known_args(arguments)
     try:
         overrides = configs.overrides(rest)
         config = configs.load(options.config, overrides)
-        backend.start(elastic=config.determinism == "elastic", devices=options.devices)
-        given = run_folder.as_given(options.config, overrides)
-        train(config, options.workdir or Path("runs") / config.name, resume=options.resume, given=given)
-    except (ConfigError, DataError, backend.BackendError) as error:
+        workdir, given = options.workdir or Path("runs") / config.name, run_folder.as_given(options.config, overrides)
+        place = distributed.find(options.coordinator, options.processes, options.process)
+        with distributed.join(place, run_folder.facts(config), options.join_timeout) as team:
+            elastic_mode = config.determinism == "elastic"
+            backend.start(elastic=elastic_mode, devices=options.devices, processes=team.processes)
+            train(config, workdir, resume=options.resume, given=given, team=team)
+    except (ConfigError, DataError, TeamError, backend.BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NotFinite as error:

@@ -42,8 +42,8 @@ class HostBatch:
 class Loader:
     """Training batches of one host.
 
-    Row j of the global batch of step n is row n * global_batch + j of the mixture; host h of H has the rows
-    j = h, h + H, ... So neither hosts nor threads change a global batch.
+    Row j of the global batch of step n is row n * global_batch + j of the mixture; host h of H has the h-th of H
+    equal blocks of them. So neither hosts nor threads change a global batch, nor which device computes which row.
     """
 
     def __init__(self, mixture: Mixture, *, seed: int, global_batch: int, host: int = 0, hosts: int = 1,
@@ -54,8 +54,8 @@ class Loader:
         self.threads = mixture.threads if threads is None else threads
         self.sources = mixture.sources
         self._keys = row_order(mixture, seed)
-        rows = self._keys[host::hosts].batch(global_batch // hosts, batch_fn=list)
-        self._batches = rows.map(lambda keys: read_rows(mixture, keys))
+        mine = block(global_batch, host, hosts)
+        self._batches = self._keys.batch(global_batch, batch_fn=list).map(lambda keys: read_rows(mixture, keys[mine]))
 
     def batch(self, step: int) -> HostBatch:
         """The batch of `step`, in constant time whatever the step."""
@@ -140,7 +140,13 @@ def validation_batches(mixture: Mixture, *, global_batch: int, host: int = 0, ho
         chosen = order[start:start + global_batch]
         keys: list[RowKey | None] = [RowKey(int(number[i]), int(row[i])) for i in chosen]
         keys += [None] * (global_batch - len(keys))
-        yield read_rows(mixture, keys[host::hosts])
+        yield read_rows(mixture, keys[block(global_batch, host, hosts)])
+
+
+def block(global_batch: int, host: int, hosts: int) -> slice:
+    """The rows of a global batch that host `host` of `hosts` has."""
+    rows = global_batch // hosts
+    return slice(host * rows, (host + 1) * rows)
 
 
 class _SelectionMap(grain.transforms.DatasetSelectionMap):

@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "devices": {"kind": devices[0].device_kind, "platform": devices[0].platform, "count": len(devices),
                     "hosts": jax.process_count()},
         "variables": {name: public(os.environ[name]) for name in VARIABLES if os.environ.get(name)},
@@ -75,7 +75,7 @@ def memory_limit() -> int:
     return min(physical, int(allowed)) if allowed.isdigit() else physical
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

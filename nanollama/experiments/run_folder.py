@@ -4,10 +4,13 @@ Owns config.json, config_as_given.txt, environment.json, lineage.json, results.j
 a resumed run may make. Knows nothing of training: the loop calls it before the first step.
 """
 
+import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nanollama
 from nanollama.config import Config, ConfigError, as_dict, resolve
 from nanollama.data.files import DataError, read_json, write_atomic, write_json
 from nanollama.experiments import environment as environments
@@ -82,6 +85,22 @@ def prepare(workdir: str | Path, config: Config, *, step: int = 0, given: str = 
     write_json(workdir / "environment.json", here)
     write_json(workdir / "lineage.json", origin)
     return origin
+
+
+def facts(config: Config) -> dict[str, str]:
+    """What all processes of a run must have alike: the config's fields, and the packages that compute."""
+    described = {"nanollama": nanollama.__version__, "python": platform.python_version(),
+                 **{name: str(environments.version(name)) for name in environments.PACKAGES}}
+    return {**described, **dict(_leaves(as_dict(config), "config"))}
+
+
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            yield from _leaves(item, f"{where}.{name}" if isinstance(value, dict) else f"{where}[{name}]")
+    else:
+        yield where, repr(value)
 
 
 def as_given(spec: str, overrides: list[str] | tuple[str, ...] = ()) -> str:

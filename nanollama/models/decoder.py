@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanollama.config import ComputeConfig, LoraConfig, ModelConfig
+from nanollama.config import ComputeConfig, ConfigError, LoraConfig, ModelConfig
 from nanollama.kernels.flash import LSE_NAME, OUTPUT_NAME
 from nanollama.models import lora as loras
 from nanollama.models.attention import Context, cache_heads, grouped_query_attention, latent_attention
@@ -26,6 +26,8 @@ from nanollama.ops.masks import MaskSpec
 from nanollama.ops.moe import RouterSums
 from nanollama.ops.norms import rms_norm
 from nanollama.ops.rope import rope_tables
+from nanollama.parallel import pipeline
+from nanollama.parallel.context import join_rows, split_rows
 from nanollama.parallel.mesh import constrain
 
 Params = dict[str, Any]
@@ -97,11 +99,15 @@ class Decoder(nn.Module):
         first_key_BT: jax.Array | None,
         cache: Cache | None = None,
         real_BT: jax.Array | None = None,
+        starts_B: jax.Array | None = None,
+        micro_batches: int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """hidden_BTD after the final norm in the compute dtype, and the cache with this call's keys written.
 
         first_key_BT: key index of the first key each query may see (`ops.masks.MaskSpec`); None promises that each row
-        is one document from its first position on. real_BT: bool, tokens that count in the routers' sums; None: all.
+        is one document from its first position on. real_BT: bool, tokens that count
+        in the routers' sums; None: all. starts_B: where in its row each begins, if these are pieces
+        (`parallel.context`). micro_batches: of rows that pass through the mesh's pipeline stages; 0: no pipeline.
         """
         m, dtype = self.model, jnp.dtype(self.compute.dtype)
         embedding_VD = self._tables()
@@ -112,9 +118,10 @@ class Decoder(nn.Module):
         cos_BTC, sin_BTC = rope_tables(positions_BT, rotated, m.rope_theta, m.rope_scaling)
         mask = MaskSpec(
             jnp.zeros_like(tokens_BT) if first_key_BT is None else first_key_BT,
-            None if cache is None else cache.write_index,
+            starts_B if cache is None else cache.write_index,
             window=0 if m.full_attention_layers else m.sliding_window,
             documents=first_key_BT is not None,
+            pieces=starts_B is not None,
         )
         real_BT = jnp.ones(tokens_BT.shape, bool) if real_BT is None else real_BT
         context = Context(cos_BTC, sin_BTC, mask, real_BT)
@@ -123,6 +130,9 @@ class Decoder(nn.Module):
         else:
             written: list[Any] = []
             for stack in stacks(m):
+                if micro_batches and pipeline.stages() > 1:
+                    x_BTD = self._pipelined(x_BTD, stack, context, micro_batches)
+                    continue
                 layers = _scanned(m, self.compute, self.lora, stack)
                 x_BTD, new = layers(x_BTD, _part(cache, stack), _windows(m, stack), context)
                 written.append(new)
@@ -144,6 +154,45 @@ class Decoder(nn.Module):
             if not m.tie_embeddings:
                 parameter(self, loras.NEW_ROWS["head"], ("embed", "added"), (D, V - first), zeros)
         return loras.embedding(tables)
+
+    def _pipelined(self, x_BTD: jax.Array, stack: "Stack", context: Context, micro_batches: int) -> jax.Array:
+        """The layers of a stack, cut over the mesh's pipeline stages."""
+        count, layers = pipeline.stages(), stack.high - stack.low
+        if self.has_rng("dropout"):
+            raise ConfigError("config.lora.dropout", "is not 0, with config.mesh.stage", "Set one of them to 0.")
+        block = Block(self.model, self.compute, stack.experts, self.lora, parent=None)
+        weights = jax.tree.map(
+            lambda w: w.reshape(count, layers // count, *w.shape[1:]),
+            (self.get_variable("params", stack.name), _windows(self.model, stack)),
+        )
+
+        def layer(x_BTD: jax.Array, weights: Any, context: Context) -> tuple[jax.Array, Any]:
+            params, window = weights
+            (x_BTD, _), state = block.apply({"params": params}, x_BTD, None, window, context, mutable=[ROUTERS])
+            return x_BTD, state.get(ROUTERS, {})
+
+        remat = _remat(self.compute)
+        if remat is not None:
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=remat)
+
+        def stage(weights: Any, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Any]:
+            unroll = min(self.compute.scan_unroll or layers, layers // count)
+            return jax.lax.scan(lambda x, w: layer(x, w, context), x_BTD, weights, unroll=unroll)
+
+        pieces = context.mask.pieces
+        x_MBTD, context_M = jax.tree.map(
+            lambda x: split_rows(x, micro_batches, pieces=pieces), (x_BTD, context)
+        )
+        x_MBTD = constrain(x_MBTD, None, "batch", None, "activation_embed")
+        x_MBTD, sums = pipeline.run(stage, weights, x_MBTD, context_M)
+        if sums and self.is_mutable_collection(ROUTERS):
+
+            def of_layers(x: jax.Array) -> jax.Array:  # [M, S, L / S, B / M, ...] -> [L, B, ...]
+                x_LM = jnp.moveaxis(x, 0, 2).reshape(layers, micro_batches, *x.shape[3:])
+                return jax.vmap(lambda x_M: join_rows(x_M, pieces=pieces))(x_LM)
+
+            self.put_variable(ROUTERS, stack.name, jax.tree.map(of_layers, sums))
+        return constrain(join_rows(x_MBTD, pieces=pieces), "batch", None, "activation_embed")
 
     def _apart(
         self, x_BTD: jax.Array, cache: Cache | None, context: Context
@@ -231,16 +280,22 @@ def _windows(model: ModelConfig, stack: Stack) -> jax.Array | None:
     return jnp.where(full, jnp.iinfo(jnp.int32).max, model.sliding_window)
 
 
-def _scanned(model: ModelConfig, compute: ComputeConfig, lora: LoraConfig | None, stack: Stack) -> Any:
-    """`Block`, rematerialised as asked, scanned over the layers of a stack with stacked parameters."""
-    policies = {
-        "full": None,
+def _remat(compute: ComputeConfig) -> Any:
+    """Which of a layer's values the backward pass finds saved; None for all of them."""
+    return {
+        "none": None,
         "names": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME, LSE_NAME),
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }[compute.remat]
+
+
+def _scanned(model: ModelConfig, compute: ComputeConfig, lora: LoraConfig | None, stack: Stack) -> Any:
+    """`Block`, rematerialised as asked, scanned over the layers of a stack with stacked parameters."""
     block: Any = Block
-    if compute.remat != "none":
-        block = nn.remat(Block, prevent_cse=False, policy=policies[compute.remat])
+    remat = _remat(compute)
+    if remat is not None:
+        block = nn.remat(Block, prevent_cse=False, policy=remat)
     length = stack.high - stack.low
     scanned = nn.scan(
         block,

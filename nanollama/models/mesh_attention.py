@@ -5,6 +5,7 @@ device gets its rows (mesh axes of "batch") and its heads ("heads", "kv_heads") 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from nanollama.ops import attention
 from nanollama.ops.masks import MaskSpec
+from nanollama.parallel import context
 from nanollama.parallel.mesh import partition_spec
 
 PARTITIONED_BY_XLA = ("xla_chunked", "reference")
@@ -28,6 +30,8 @@ def attend(
 ) -> jax.Array:
     """As `ops.attention.attend`, on the mesh of the program being traced. Positions are whole on every device."""
     mesh = jax.sharding.get_abstract_mesh()
+    if mask.pieces:
+        return _attend_pieces(q_BTHK, k_BSGK, v_BSGJ, mask, backend, scale)
     backend = attention.resolve(q_BTHK, k_BSGK, v_BSGJ, mask, backend)
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types or backend in PARTITIONED_BY_XLA:
         return attention.attend(q_BTHK, k_BSGK, v_BSGJ, mask, backend=backend, scale=scale)
@@ -39,12 +43,8 @@ def attend(
     def on_one_device(
         q: jax.Array, k: jax.Array, v: jax.Array, first_key_BT: jax.Array, start_B: jax.Array
     ) -> jax.Array:
-        if head_axes is not None and keys[2] is None:  # all KV heads are here: take those of these query heads
-            first = jax.lax.axis_index(head_axes) * q.shape[2]
-            heads = (first + jnp.arange(q.shape[2])) * G // H
-            if H // G % q.shape[2] == 0:  # one KV head serves them all
-                heads = heads[:1]
-            k, v = k[:, :, heads], v[:, :, heads]
+        if head_axes is not None and keys[2] is None:
+            k, v = _heads_of(q, k, v, head_axes, H, G)
         start = None if mask.query_start is None else start_B
         local = dataclasses.replace(mask, first_key_BT=first_key_BT, query_start=start)
         return attention.attend(q, k, v, local, backend=backend, scale=scale)
@@ -55,3 +55,46 @@ def attend(
         out_specs=queries,
         check_vma=False,  # kernels do not say how their results vary
     )(q_BTHK, k_BSGK, v_BSGJ, mask.first_key_BT, mask.starts())
+
+
+def _attend_pieces(
+    q_PTHK: jax.Array, k_PTGK: jax.Array, v_PTGJ: jax.Array, mask: MaskSpec, backend: str, scale: float | None
+) -> jax.Array:
+    """Rows are pairs of pieces: each device gathers the keys and values of its rows, and attends with its queries."""
+    mesh = jax.sharding.get_abstract_mesh()
+    H, G = q_PTHK.shape[2], k_PTGK.shape[2]
+    queries = partition_spec(("batch", None, "heads", None), q_PTHK.shape, mesh)  # type: ignore[arg-type]
+    keys = partition_spec(("batch", None, "kv_heads", None), k_PTGK.shape, mesh)  # type: ignore[arg-type]
+    head_axes = queries[2]
+
+    def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, first_key_PT: jax.Array) -> jax.Array:
+        if head_axes is not None and keys[2] is None:
+            k, v = _heads_of(q, k, v, head_axes, H, G)
+        k, v = context.gather_rows(k), context.gather_rows(v)
+        device, count, piece = jax.lax.axis_index("context"), context.size(), q.shape[1]
+        out = []
+        for late, number in ((0, device), (1, 2 * count - 1 - device)):
+            seen = k.shape[1] if late else k.shape[1] // 2  # early pieces lie in the first half of their rows
+            local = dataclasses.replace(
+                mask, first_key_BT=first_key_PT[late::2], query_start=number * piece, pieces=False
+            )
+            out.append(attention.attend(q[late::2], k[:, :seen], v[:, :seen], local, backend=backend, scale=scale))
+        return jnp.stack(out, axis=1).reshape(-1, *out[0].shape[1:])
+
+    return jax.shard_map(
+        on_one_device,
+        in_specs=(queries, keys, keys, PartitionSpec(queries[0], None)),
+        out_specs=queries,
+        check_vma=False,  # kernels do not say how their results vary
+    )(q_PTHK, k_PTGK, v_PTGJ, mask.first_key_BT)
+
+
+def _heads_of(
+    q: jax.Array, k: jax.Array, v: jax.Array, head_axes: Any, H: int, G: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of all KV heads, which are here, those of this device's query heads."""
+    first = jax.lax.axis_index(head_axes) * q.shape[2]
+    heads = (first + jnp.arange(q.shape[2])) * G // H
+    if H // G % q.shape[2] == 0:  # one KV head serves them all
+        heads = heads[:1]
+    return k[:, :, heads], v[:, :, heads]

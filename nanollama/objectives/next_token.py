@@ -14,26 +14,38 @@ from nanollama.models.feed_forward import ROUTERS
 from nanollama.models.lora import dropout_rngs
 from nanollama.ops.losses import LossSums, cross_entropy_sums
 from nanollama.ops.moe import moe_sums, real_tokens
+from nanollama.parallel import context
 
 Batch = dict[str, jax.Array]
 
 
-def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> tuple[jax.Array, LossSums]:
+def loss_sums(
+    params: Any, batch: Batch, decoder: Decoder, loss: LossConfig, *, micro_batches: int = 0
+) -> tuple[jax.Array, LossSums]:
     """(sum to minimise, all sums) over the batch's tokens, float32; ready for `jax.value_and_grad(has_aux=True)`.
 
     batch: tokens, targets, positions, first_key [B, T] int32; weights [B, T] float32, 0 where nothing is learned.
-    Without first_key each row is one document.
+    Without first_key each row is one document. micro_batches: that pass through the mesh's pipeline stages, where it
+    has some.
     """
-    moe, first_key_BT = decoder.model.moe, batch.get("first_key")
+    moe, first_key_BT, rngs = decoder.model.moe, batch.get("first_key"), dropout_rngs(batch)
     real_BT = None if moe is None else batch["weights"] > 0 if first_key_BT is None else real_tokens(first_key_BT)
+    pieces = context.size() > 1
+    if pieces:  # a device has two pieces of each of its rows: everything but attention treats them as rows
+        names = ("tokens", "positions", "first_key", "targets", "weights")
+        arrays = {name: batch[name] for name in names if name in batch}
+        batch = context.to_pieces(arrays if real_BT is None else {**arrays, "real": real_BT})
+        first_key_BT, real_BT = batch.get("first_key"), batch.get("real")
     (hidden_BTD, _), state = decoder.apply(
         {"params": params},
         batch["tokens"],
         batch["positions"],
         first_key_BT,
         real_BT=real_BT,
+        starts_B=context.starts(*batch["tokens"].shape) if pieces else None,
+        micro_batches=micro_batches,
         mutable=[ROUTERS],
-        rngs=dropout_rngs(batch),
+        rngs=rngs,
     )
     sums = cross_entropy_sums(
         hidden_BTD,
@@ -45,8 +57,11 @@ def loss_sums(params: Any, batch: Batch, decoder: Decoder, loss: LossConfig) -> 
         vocabulary=decoder.model.vocab_size,
     )
     if moe is not None:
-        weight_B = batch["weights"].sum(axis=1)
-        routers = moe_sums(router_sums(state), weight_B, moe.experts_per_token, loss.balance)
+        weight_B, of_rows = batch["weights"].sum(axis=1), router_sums(state)
+        if pieces:
+            weight_B = context.row_sums(weight_B)
+            of_rows = jax.tree.map(lambda x_LB: context.row_sums(x_LB, axis=1), of_rows)
+        routers = moe_sums(of_rows, weight_B, moe.experts_per_token, loss.balance)
         total = sums.total + loss.balance_loss * routers.balance + loss.router_z_loss * routers.z
         sums = sums._replace(total=total, moe=routers)
     return sums.total, sums

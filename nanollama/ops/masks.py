@@ -11,7 +11,7 @@ import jax.numpy as jnp
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["first_key_BT", "query_start"],
-    meta_fields=["window", "documents", "folded"],
+    meta_fields=["window", "documents", "folded", "pieces"],
 )
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
@@ -27,6 +27,7 @@ class MaskSpec:
     window: int = 0  # keys a query sees, its own included (arXiv:2004.05150); 0 = all
     documents: bool = True  # False promises that first_key_BT is 0 everywhere: plain causal attention
     folded: bool = False  # first_key_BT also holds a window, so it no longer tells documents apart
+    pieces: bool = False  # rows are pieces of longer ones (`parallel.context`), whose keys attention must gather
 
     def first_keys(self, rows: slice = slice(None)) -> jax.Array:
         """[B, rows]: the first key of each query, windows included."""

@@ -22,6 +22,8 @@ from jaxlib.version import __version__ as JAXLIB_VERSION
 
 # The pool of every elastic run: XLA:CPU's sums depend on its size, so 1 to 8 devices must share one.
 ELASTIC_THREADS = 8
+# Pool threads per CPU device of a run of several processes: 2 processes x 2 devices stood still with a pool of 2.
+GLOO_THREADS = 4
 REFUSED_JAXLIB = {
     "0.10.2": "silently computes wrong sums on CPU (jax-ml/jax#39103)",
     "0.11.0": "crashes on fused reductions on CPU (jax-ml/jax#39257)",
@@ -55,11 +57,12 @@ class BackendError(RuntimeError):
     """The installed or running JAX backend cannot be trusted with a run; the message says what to do."""
 
 
-def start(*, elastic: bool = False, devices: int | None = None) -> None:
+def start(*, elastic: bool = False, devices: int | None = None, processes: int = 1) -> None:
     """Prepare the JAX backend and check that it computes correctly; call before any use of `jax.devices()`.
 
     `elastic` pins the CPU thread pool, which the elastic determinism mode needs. `devices` asks for that many
-    virtual CPU devices. Calling again with the same needs does nothing. A user's own XLA_FLAGS,
+    virtual CPU devices; `processes` is how many processes share the run. Calling again with the same needs does
+    nothing. A user's own XLA_FLAGS,
     JAX_COMPILATION_CACHE_DIR and (outside elastic mode) NPROC are respected.
 
     Errors: BackendError on a jaxlib known to be wrong or found to be wrong, or when the backend already runs
@@ -79,6 +82,9 @@ def start(*, elastic: bool = False, devices: int | None = None) -> None:
         )
         if elastic:
             os.environ["NPROC"] = str(ELASTIC_THREADS)
+        elif processes > 1:  # a collective of gloo blocks its thread: with too few for all devices none goes on
+            # At least as many as elastic runs, so that 2 x 2 and 4 x 1 devices share a pool size, and so their bits.
+            os.environ.setdefault("NPROC", str(max(pool_threads(), ELASTIC_THREADS, GLOO_THREADS * (devices or 1))))
         if devices is not None:
             jax.config.update("jax_num_cpu_devices", devices)
         _use_compilation_cache()

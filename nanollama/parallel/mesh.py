@@ -14,12 +14,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from nanollama.config import ConfigError, MeshConfig
 from nanollama.data.strict import nearest
 
-AXES = ("data", "fsdp", "expert", "tensor")  # the fields of MeshConfig; neighbours along the last are nearest
+# The fields of MeshConfig; neighbours along the last are nearest.
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # each device along them has its own rows
 
 # Logical axis -> mesh axes its dimension is cut over. None = whole on every device.
 RULES: dict[str, tuple[str, ...] | None] = {
-    "batch": BATCH_AXES,
+    "batch": ("context", *BATCH_AXES),  # of rows, or of the pieces that `parallel.context` cuts them into
     "length": None,
     "embed": ("fsdp",),
     "activation_embed": None,
@@ -31,7 +32,8 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "router": None,  # the router's outputs, one per expert
     "latent": None,  # what latent attention compresses to
     "vocab": ("tensor",),
-    "layers": None,
+    "layers": ("stage",),
+    "stage": ("stage",),  # what each pipeline stage works on
     "norm": None,
     "rank": None,  # of an adapter
     "added": None,  # rows of added tokens
@@ -114,6 +116,24 @@ def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Na
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over BATCH_AXES, positions whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
+
+
+def process_block(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): the rows of a global batch that this process's devices need, as one of `count` equal blocks.
+
+    Errors: ConfigError when its devices do not hold one such block.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    slices = batch_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
+    rows = {row for where in slices if where is not None for row in range(*where[0].indices(shards))}
+    low, count = min(rows), len(rows)
+    if rows != set(range(low, low + count)) or low % count or shards % count:
+        raise ConfigError(
+            "config.mesh",
+            f"the devices of process {jax.process_index()} have the batch shards {sorted(rows)} of {shards}, no block",
+            "Let the inner axes (tensor, context) divide the devices of a process, or the other way round.",
+        )
+    return low // count, shards // count
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -13,8 +13,8 @@ from nanollama.planning.memory import Memory, Sizes, estimate
 from nanollama.planning.roofline import StepTime, batch_shards, step_time
 from nanollama.planning.targets import Target
 
-Remat = Literal["none", "dots", "full"]
-REMAT: tuple[Remat, ...] = ("none", "dots", "full")
+Remat = Literal["none", "dots", "names", "full"]
+REMAT: tuple[Remat, ...] = ("none", "dots", "names", "full")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,7 @@ def estimate(config: Config, sizes: Sizes, *, kernel: bool = True) -> Memory:
     rows = rows_on_device(config, sizes)
     local = _local(config, sizes)
     T = config.data.sequence_length // sizes.get("context", 1)
+    flying = config.batch.micro_batches if sizes.get("stage", 1) > 1 else 1  # a pipeline's are all alive at its end
     fixed, per_row = kept_bytes(local, config.compute, config.loss, T)
     layer = kept_bytes(local, dataclasses.replace(config.compute, remat="none"), config.loss, T)[1]
     layer = layer * rows // local.num_layers
@@ -72,7 +73,7 @@ def estimate(config: Config, sizes: Sizes, *, kernel: bool = True) -> Memory:
         optimizer=optimizer,
         batch=5 * 4 * rows * config.batch.micro_batches * T,
         gradients=(3 if elastic else 1) * parameters,  # accumulating adds in place
-        activations=fixed // sizes.get("fsdp", 1) + per_row * rows,
+        activations=fixed // sizes.get("fsdp", 1) + per_row * rows * flying,
         workspace=_workspace(local, config.compute, rows, T, layer, sharded=sizes.get("fsdp", 1) > 1, kernel=kernel),
     )
 

@@ -45,7 +45,9 @@ def step_time(config: Config, target: Target, sizes: Sizes, memory: Memory) -> S
     tokens = config.batch.global_rows * config.data.sequence_length
     flops = flops_per_token(model, config.data.sequence_length)
     # The backward pass computes the forward pass again: all of it, or with saved products just the attention.
-    products, attention = {"none": (1.0, 1.0), "dots": (1.0, 4 / 3), "full": (4 / 3, 4 / 3)}[compute.remat]
+    products, attention = {
+        "none": (1.0, 1.0), "dots": (1.0, 4 / 3), "names": (4 / 3, 1.0), "full": (4 / 3, 4 / 3),
+    }[compute.remat]  # fmt: skip
     peak = device.peak_flops * (0.5 if compute.dtype == "float32" and device.platform != "cpu" else 1.0)
     arithmetic = (tokens / used) * (
         (flops.train - flops.attention) * products / (peak * device.matmul)
@@ -60,7 +62,7 @@ def step_time(config: Config, target: Target, sizes: Sizes, memory: Memory) -> S
     layers = model.num_layers // sizes.get("stage", 1)
     hidden = local_tokens * model.hidden_size * itemsize
     keys_values = 2 * local_tokens * model.num_kv_heads * model.head_dim * itemsize // sizes.get("tensor", 1)
-    again = 1 if compute.remat == "full" else 0
+    again = 1 if compute.remat in ("names", "full") else 0
 
     def seconds(axis: str, sent: float) -> float:
         """Sending `sent` bytes around a ring of the axis, each device its share at a time."""

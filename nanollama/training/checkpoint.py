@@ -158,6 +158,8 @@ class Checkpoints:
                     f"{self._folder(other)} is a good checkpoint, and step {step} is being saved. "
                     "Resume from it, or choose another run folder, or move it away."
                 )
+            if jax.process_index():
+                continue  # the first process does it
             aside = self._folder(other).with_name(f"{other}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             self._folder(other).rename(aside)

@@ -74,7 +74,7 @@ class MetricsLog:
         """Whether step `step` (1 = the first) is one to log."""
         return step % self._every == 0 or step in (1, self._steps)
 
-    def train(self, step: int, scalars: Mapping[str, float], host: Mapping[str, Any]) -> None:
+    def train(self, step: int, scalars: Mapping[str, Any], host: Mapping[str, Any]) -> None:
         """One train line: `scalars` are the step's own figures, `host` what the host measured (tokens,
         tokens_per_second, mfu, seconds, eta_seconds, epochs, source_tokens, memory_bytes)."""
         line = {**scalars, **host}
@@ -118,6 +118,21 @@ class MetricsLog:
 
     def _say(self, text: str) -> None:
         print(text, file=self._stream or sys.stdout, flush=True)
+
+
+class NoLog:
+    """The log of a process that is not the first: one writes for all."""
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def train(self, step: int, scalars: Mapping[str, Any], host: Mapping[str, Any]) -> None: ...
+
+    def validation(self, step: int, figures: Mapping[str, Any]) -> None: ...
+
+    def event(self, step: int, text: str, **fields: Any) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from nanollama.objectives import next_token
 from nanollama.ops.losses import LossSums
 from nanollama.ops.moe import MoeSums, updated_bias
 from nanollama.ops.rounding import add_rounded, widened
+from nanollama.parallel import context
 from nanollama.parallel.mesh import BATCH_AXES, batch_sharding
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import TrainState
@@ -86,7 +87,8 @@ def put_batch(arrays: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> B
     del config  # the elastic twin needs it
     check_weights(arrays)
     where = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(where, np.asarray(arrays[key])) for key in KEYS}
+    with jax.transfer_guard("allow"):  # with several processes JAX does not count this as explicit, though it is
+        return {key: jax.make_array_from_process_local_data(where, np.asarray(arrays[key])) for key in KEYS}
 
 
 def check_weights(arrays: Mapping[str, np.ndarray]) -> None:
@@ -100,6 +102,7 @@ def check_weights(arrays: Mapping[str, np.ndarray]) -> None:
 
 def check_rows(config: Config, mesh: Mesh) -> None:
     """Rows must divide into micro-batches, and each micro-batch's rows over the devices."""
+    context.check_length(config.data.sequence_length, mesh.shape["context"])
     rows, micro_batches = config.batch.global_rows, config.batch.micro_batches
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % (micro_batches * devices):
@@ -114,13 +117,15 @@ def make_gradient(
     config: Config, decoder: Decoder, mesh: Mesh, shardings: TrainState
 ) -> Callable[[Any, Batch], tuple[Any, LossSums]]:
     """`gradient(params, batch) -> (gradients of the summed loss, sums)`, to be traced inside a jitted step."""
-    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
+    # With pipeline stages all micro-batches go through in one pass, one behind the other.
+    through, apart = (config.batch.micro_batches, 1) if mesh.shape["stage"] > 1 else (0, config.batch.micro_batches)
+    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss, micro_batches=through)
 
     def gradient(params: Any, batch: Batch) -> tuple[Any, LossSums]:
         if not config.data.mask_documents:  # said when compiling, so that backends without documents may be used
             batch = {key: x_BT for key, x_BT in batch.items() if key != "first_key"}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return sum_gradients(loss, params, batch, config.batch.micro_batches, shardings.params)
+            return sum_gradients(loss, params, batch, apart, shardings.params)
 
     return gradient
 
@@ -185,7 +190,7 @@ def update(
 
     loss (nats per token), z_loss, total (their sum, what is minimised), accuracy, weight (loss tokens), grad_norm
     (before clipping), update_norm, learning_rate (used for this update), finite (bool: all of these are); of models
-    with experts also those of `expert_metrics`.
+    with experts also those of `expert_metrics`, and `expert_load` [L, E].
     """
     gradients = jax.tree.map(lambda g: g / sums.weight, gradient_sums)
     before = learned(state.params)
@@ -207,13 +212,15 @@ def update(
             bias_LE = updated_bias(params[LAYERS]["router_bias"], sums.moe.load_LE, bias_update_rate)
             params = {**params, LAYERS: {**params[LAYERS], "router_bias": bias_LE}}
     metrics["finite"] = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+    if sums.moe is not None:
+        metrics["expert_load"] = expert_load(sums.moe)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def expert_metrics(sums: MoeSums, weight: jax.Array) -> Metrics:
     """balance_loss (1 per layer when loads are even) and router_z_loss, both before their coefficients; expert_load_max
     and expert_load_min (of any expert of any layer, as a multiple of even loads); dropped (assignments)."""
-    share_LE = sums.load_LE / jnp.maximum(sums.load_LE.mean(axis=1, keepdims=True), 1.0)
+    share_LE = expert_load(sums)
     return {
         "balance_loss": sums.balance / weight,
         "router_z_loss": sums.z / weight,
@@ -221,3 +228,8 @@ def expert_metrics(sums: MoeSums, weight: jax.Array) -> Metrics:
         "expert_load_min": share_LE.min(),
         "dropped": sums.dropped,
     }
+
+
+def expert_load(sums: MoeSums) -> jax.Array:
+    """Assignments of each expert as a multiple of its layer's mean, [L, E] over the layers with experts."""
+    return sums.load_LE / jnp.maximum(sums.load_LE.mean(axis=1, keepdims=True), 1.0)

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from nanollama.config import Config
-from nanollama.data.loader import HostBatch, Loader
+from nanollama.data.loader import Loader
 from nanollama.training.checkpoint import Checkpoints
-from nanollama.training.metrics import MetricsLog, Throughput, memory_bytes
+from nanollama.training.metrics import MetricsLog, NoLog, Throughput, memory_bytes
 
 _LOGGED = ("loss", "z_loss", "accuracy", "learning_rate", "grad_norm", "update_norm")
-_LOGGED_OF_EXPERTS = ("balance_loss", "router_z_loss", "expert_load_max", "expert_load_min", "dropped")
+_LOGGED_OF_EXPERTS = ("balance_loss", "router_z_loss", "expert_load_max", "expert_load_min", "dropped", "expert_load")
 
 
 class NotFinite(RuntimeError):
@@ -28,7 +28,7 @@ class Watch:
     def __init__(
         self,
         config: Config,
-        log: MetricsLog,
+        log: MetricsLog | NoLog,
         throughput: Throughput,
         loader: Loader,
         checkpoints: Checkpoints,
@@ -38,20 +38,20 @@ class Watch:
         self.throughput = throughput
         self._config, self._log, self._loader, self._checkpoints = config, log, loader, checkpoints
         self.source_tokens = source_tokens
-        self._pending: tuple[int, dict[str, jax.Array], HostBatch] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], np.ndarray] | None = None
 
-    def dispatched(self, step: int, scalars: dict[str, jax.Array], batch: HostBatch) -> None:
-        """Step `step` is on its way: report the one before it."""
+    def dispatched(self, step: int, scalars: dict[str, jax.Array], source_tokens: np.ndarray) -> None:
+        """Step `step`, with so many labels per source in its global batch, is on its way: report the one before it."""
         self.catch_up()
-        self._pending = (step, scalars, batch)
+        self._pending = (step, scalars, source_tokens)
 
     def catch_up(self) -> None:
         """Wait for the newest step and report it. Errors: NotFinite names the step and the last good checkpoint."""
         if self._pending is None:
             return
-        (step, scalars, batch), self._pending = self._pending, None
-        values = {name: value.item() for name, value in jax.device_get(scalars).items()}
-        self.source_tokens += batch.source_tokens
+        (step, scalars, source_tokens), self._pending = self._pending, None
+        values = {name: value.tolist() for name, value in jax.device_get(scalars).items()}
+        self.source_tokens += source_tokens
         if not values["finite"]:
             self._stop(step, values)
         rows, length = self._config.batch.global_rows, self._config.data.sequence_length
