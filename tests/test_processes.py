@@ -82,15 +82,10 @@ def test_processes_are_one_run_and_survive_a_kill(data: Path, tmp_path: Path) ->
     assert time.monotonic() - killed < 30
     log = (broken / "log0").read_text()
     assert "error: process 1 (" in log and f"pid {started[1].pid}) is gone" in log and "--resume" in log
-    wait(broken, launch(broken, fields, 2, 2, "--resume"))
-    assert losses(broken / "run") == together, "killed and resumed: the same bits"
+    wait(broken, launch(broken, {**fields, "steps": 9}, 2, 2, "--resume"))
+    wait(broken, launch(broken, fields, 4, 1, "--resume"))
+    assert losses(broken / "run") == together, "killed, resumed, and resumed as four processes: the same bits"
     assert run_hash(broken / "run") == run_hash(two / "run")
-
-    for folder, processes in ((two, 2), (broken, 4)):  # another number of processes: the same state and rows
-        wait(folder, launch(folder, {**fields, "steps": 15}, processes, 4 // processes, "--resume"))
-    onward = [list(losses(folder / "run").values()) for folder in (two, broken)]
-    assert onward[0][:12] == onward[1][:12]
-    np.testing.assert_allclose(onward[1], onward[0], rtol=1e-5)
 
 
 def come_together(count: int, facts: list[dict], timeout: float = 20) -> list:
