@@ -1,4 +1,4 @@
-"""The same Llama in plain PyTorch: eager, SDPA, fused AdamW, float32.
+"""The same Llama in plain PyTorch: SDPA, fused AdamW; eager and float32 unless asked for other.
 
 Owns the other side of `train_cpu.py`; runs in an environment of its own, imports torch and numpy only, reads
 weights and batches from the .npz that `workload.py` writes, and prints one JSON line.
@@ -127,8 +127,8 @@ def make_optimizer(model: Decoder, work: dict[str, Any]) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=work["learning_rate"], betas=betas, eps=work["eps"], fused=True)
 
 
-def run(path: str) -> dict[str, Any]:
-    """Losses, and wall and processor time of each step."""
+def run(path: str, bf16: bool = False, compiled: bool = False) -> dict[str, Any]:
+    """Losses, and wall and processor time of each step; `bf16` is autocast, as PyTorch's users have it."""
     file = np.load(path)
     work = json.loads(str(file["workload"]))
     model = Decoder(work["model"])
@@ -138,11 +138,13 @@ def run(path: str) -> dict[str, Any]:
     batches = {name: torch.from_numpy(file[f"batches/{name}"]) for name in names}
     for name in ("tokens", "targets"):
         batches[name] = batches[name].long()
+    loss_function = torch.compile(loss_of) if compiled else loss_of
     losses, wall, processor = [], [], []
     for step in range(work["steps"]):
         batch = {name: array[step] for name, array in batches.items()}
         wall_start, processor_start = time.perf_counter(), time.process_time()
-        loss = loss_of(model, batch, work)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_function(model, batch, work)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), work["clip_norm"])
         optimizer.step()
@@ -163,5 +165,7 @@ def run(path: str) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workload")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
     arguments = parser.parse_args()
-    print(json.dumps(run(arguments.workload)))
+    print(json.dumps(run(arguments.workload, arguments.bf16, arguments.compile)))

@@ -29,6 +29,11 @@ from benchmarks import workload  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "train_cpu.json"
 GOLDEN = ROOT / "tests" / "golden" / "torch_losses_200.json"
 TOLERANCE = 1e-3  # nats, at every step
+RATIOS = {  # ours over theirs
+    "ratio": ("jax", "torch"),
+    "ratio_bf16": ("jax_bf16", "torch_bf16"),
+    "ratio_compiled": ("jax", "torch_compiled"),
+}
 WARM_UP = 2  # steps that are not timed: compilation, first touch of memory
 NO_TORCH = """no PyTorch to compare with at {path}. Make it an environment of its own:
     python -m venv .venv-torch
@@ -56,9 +61,11 @@ def run_side(command: list[str], path: Path, **environment: str) -> dict[str, An
 
 def sides(torch_python: Path) -> dict[str, list[str]]:
     """What to run for each side; PyTorch's only where it is."""
-    commands = {"jax": [sys.executable, "-m", "benchmarks.jax_side"]}
+    ours = [sys.executable, "-m", "benchmarks.jax_side"]
+    commands = {"jax": ours, "jax_bf16": [*ours, "--compute", '{"dtype": "bfloat16"}']}
     if torch_python.is_file():
-        commands["torch"] = [str(torch_python), str(ROOT / "benchmarks" / "torch_twin.py")]
+        theirs = [str(torch_python), str(ROOT / "benchmarks" / "torch_twin.py")]
+        commands |= {"torch": theirs, "torch_bf16": [*theirs, "--bf16"], "torch_compiled": [*theirs, "--compile"]}
     return commands
 
 
@@ -94,8 +101,9 @@ def measure(name: str, commands: dict[str, list[str]], rounds: int, packed: bool
         "cold": round(started[0], 2),
         "warm_cache": round(min(started[1:], default=float("nan")), 2),
     }
-    if "torch" in result:
-        result["ratio"] = ratios(result["jax"], result["torch"])
+    for name, (ours, theirs) in RATIOS.items():
+        if ours in result and theirs in result:
+            result[name] = ratios(result[ours], result[theirs])
     versions = {key: value for side in runs.values() for key, value in side[0]["versions"].items()}
     return {"rows": work.rows, "length": work.length, "packed": packed, **result, "versions": versions}
 
@@ -122,22 +130,23 @@ def machine() -> dict[str, Any]:
 
 def table(presets: dict[str, dict[str, Any]]) -> str:
     """The figures for people."""
-    lines = [f"{'preset':<14}{'batch':>9}  {'side':<6}{'tokens/s':>9}{'median':>8}{'cpu s/step':>12}{'MiB':>7}"]
+    lines = [f"{'preset':<14}{'batch':>9}  {'side':<15}{'tokens/s':>9}{'median':>8}{'cpu s/step':>12}{'MiB':>7}"]
     for name, result in presets.items():
-        for side in ("jax", "torch"):
-            if side in result:
-                s, batch = result[side], f"{result['rows']} x {result['length']}"
+        for side, s in result.items():
+            if isinstance(s, dict) and "processor_seconds_min" in s:
+                batch = f"{result['rows']} x {result['length']}"
                 lines.append(
-                    f"{name:<14}{batch:>9}  {side:<6}{s['tokens_per_second']:>9,}"
+                    f"{name:<14}{batch:>9}  {side:<15}{s['tokens_per_second']:>9,}"
                     f"{s['tokens_per_second_median']:>8,}{s['processor_seconds_min']:>12.2f}"
                     f"{s['peak_memory_mib']:>7,}"
                 )
-        if "ratio" in result:
-            r = result["ratio"]
-            lines.append(
-                f"{'':<25}{'ratio':<6}{r['tokens_per_second']:>9.2f}{r['tokens_per_second_median']:>8.2f}"
-                f"{r['per_processor_second']:>12.2f}{r['peak_memory']:>7.2f}"
-            )
+        for side in RATIOS:
+            if side in result:
+                r = result[side]
+                lines.append(
+                    f"{'':<25}{side:<15}{r['tokens_per_second']:>9.2f}{r['tokens_per_second_median']:>8.2f}"
+                    f"{r['per_processor_second']:>12.2f}{r['peak_memory']:>7.2f}"
+                )
     return "\n".join(lines)
 
 
@@ -192,6 +201,7 @@ def main() -> int:
     parser.add_argument("--torch-python", type=Path, default=ROOT / ".venv-torch" / "bin" / "python")
     parser.add_argument("--presets", default="llama-micro,llama-23m")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", default="jax,torch", help="of jax, torch, jax_bf16, torch_bf16, torch_compiled")
     parser.add_argument("--packed", action="store_true", help="rows of several documents; result not written")
     parser.add_argument("--agreement", action="store_true", help="compare losses instead of speed")
     arguments = parser.parse_args()
@@ -202,7 +212,11 @@ def main() -> int:
             return 2
     if arguments.agreement:
         return 0 if agreement(commands) else 1
-    speed(arguments.presets.split(","), commands, arguments.rounds, arguments.packed)
+    asked = arguments.sides.split(",")
+    if "jax" not in asked or not set(asked) <= {"jax", "torch", "jax_bf16", "torch_bf16", "torch_compiled"}:
+        parser.error(f"--sides={arguments.sides}: name jax, and any of the others")
+    chosen = {side: command for side, command in commands.items() if side in asked}
+    speed(arguments.presets.split(","), chosen, arguments.rounds, arguments.packed)
     return 0
 
 

@@ -90,6 +90,7 @@ def test_a_step_moves_biases_by_the_rule_and_reports_loads() -> None:
     load = one_device()[1].moe.load_LE
     wanted = 0.01 * np.sign(load.mean(axis=1, keepdims=True) - load)
     np.testing.assert_array_equal(training.state.params["layers"]["router_bias"], wanted.astype(np.float32))
+    np.testing.assert_allclose(metrics["expert_load"], load / load.mean(axis=1, keepdims=True), rtol=1e-6)
     assert metrics["expert_load_max"] == pytest.approx((load / load.mean(axis=1, keepdims=True)).max())
     assert metrics["dropped"] == 0 and metrics["finite"] and 1 <= metrics["balance_loss"] < 8
     once, training.state = jax.device_get(training.state), jax.device_put(host_state(CONFIG), training.shardings)

@@ -126,7 +126,7 @@ def test_batch_without_a_loss_token_is_refused(training):
 
 
 def test_rows_must_divide():
-    with pytest.raises(ConfigError, match=r"global_rows: 8 is not divisible by micro_batches=2 x data\*fsdp=8"):
+    with pytest.raises(ConfigError, match=r"global_rows: 8 is not divisible by micro_batches=2 x data\*fsdp\*expert=8"):
         Training(tiny_config(rows=8, micro_batches=2), MeshConfig(4, 2, 1))
 
 

@@ -141,7 +141,7 @@ def _duplicate_characters(table: WordTable, ends: np.ndarray, n: int, starts: np
     if not len(starts):
         return result
     # plain integers without a list of them all: a repetitive text of 100 MB has twenty million starts
-    gram, size = grams.data, np.ascontiguousarray(ends[starts + n] - ends[starts]).data
+    gram, size = grams.data, np.ascontiguousarray(ends[starts + n] - ends[starts])
     after = np.searchsorted(starts, starts + n).data  # the next start that overlaps none of this n-gram
     repeated = np.zeros(len(starts), bool)
     seen: set[int] = set()  # a gram's number knows its document
@@ -153,5 +153,5 @@ def _duplicate_characters(table: WordTable, ends: np.ndarray, n: int, starts: np
         else:
             seen.add(gram[at])
             at += 1
-    return np.bincount(table.documents[starts[repeated]], np.asarray(size)[repeated], minlength=len(result)).astype(
+    return np.bincount(table.documents[starts[repeated]], size[repeated], minlength=len(result)).astype(
         np.int64)

@@ -74,7 +74,7 @@ class MetricsLog:
         """Whether step `step` (1 = the first) is one to log."""
         return step % self._every == 0 or step in (1, self._steps)
 
-    def train(self, step: int, scalars: Mapping[str, float], host: Mapping[str, Any]) -> None:
+    def train(self, step: int, scalars: Mapping[str, Any], host: Mapping[str, Any]) -> None:
         """One train line: `scalars` are the step's own figures, `host` what the host measured (tokens,
         tokens_per_second, mfu, seconds, eta_seconds, epochs, source_tokens, memory_bytes)."""
         line = {**scalars, **host}
@@ -126,7 +126,7 @@ class NoLog:
     def due(self, step: int) -> bool:
         return False
 
-    def train(self, step: int, scalars: Mapping[str, float], host: Mapping[str, Any]) -> None: ...
+    def train(self, step: int, scalars: Mapping[str, Any], host: Mapping[str, Any]) -> None: ...
 
     def validation(self, step: int, figures: Mapping[str, Any]) -> None: ...
 

@@ -190,7 +190,7 @@ def update(
 
     loss (nats per token), z_loss, total (their sum, what is minimised), accuracy, weight (loss tokens), grad_norm
     (before clipping), update_norm, learning_rate (used for this update), finite (bool: all of these are); of models
-    with experts also those of `expert_metrics`.
+    with experts also those of `expert_metrics`, and `expert_load` [L, E].
     """
     gradients = jax.tree.map(lambda g: g / sums.weight, gradient_sums)
     before = learned(state.params)
@@ -212,13 +212,15 @@ def update(
             bias_LE = updated_bias(params[LAYERS]["router_bias"], sums.moe.load_LE, bias_update_rate)
             params = {**params, LAYERS: {**params[LAYERS], "router_bias": bias_LE}}
     metrics["finite"] = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+    if sums.moe is not None:
+        metrics["expert_load"] = expert_load(sums.moe)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def expert_metrics(sums: MoeSums, weight: jax.Array) -> Metrics:
     """balance_loss (1 per layer when loads are even) and router_z_loss, both before their coefficients; expert_load_max
     and expert_load_min (of any expert of any layer, as a multiple of even loads); dropped (assignments)."""
-    share_LE = sums.load_LE / jnp.maximum(sums.load_LE.mean(axis=1, keepdims=True), 1.0)
+    share_LE = expert_load(sums)
     return {
         "balance_loss": sums.balance / weight,
         "router_z_loss": sums.z / weight,
@@ -226,3 +228,8 @@ def expert_metrics(sums: MoeSums, weight: jax.Array) -> Metrics:
         "expert_load_min": share_LE.min(),
         "dropped": sums.dropped,
     }
+
+
+def expert_load(sums: MoeSums) -> jax.Array:
+    """Assignments of each expert as a multiple of its layer's mean, [L, E] over the layers with experts."""
+    return sums.load_LE / jnp.maximum(sums.load_LE.mean(axis=1, keepdims=True), 1.0)

@@ -15,7 +15,7 @@ from nanollama.training.checkpoint import Checkpoints
 from nanollama.training.metrics import MetricsLog, NoLog, Throughput, memory_bytes
 
 _LOGGED = ("loss", "z_loss", "accuracy", "learning_rate", "grad_norm", "update_norm")
-_LOGGED_OF_EXPERTS = ("balance_loss", "router_z_loss", "expert_load_max", "expert_load_min", "dropped")
+_LOGGED_OF_EXPERTS = ("balance_loss", "router_z_loss", "expert_load_max", "expert_load_min", "dropped", "expert_load")
 
 
 class NotFinite(RuntimeError):
@@ -50,7 +50,7 @@ class Watch:
         if self._pending is None:
             return
         (step, scalars, source_tokens), self._pending = self._pending, None
-        values = {name: value.item() for name, value in jax.device_get(scalars).items()}
+        values = {name: value.tolist() for name, value in jax.device_get(scalars).items()}
         self.source_tokens += source_tokens
         if not values["finite"]:
             self._stop(step, values)

@@ -83,6 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "minimind-104m": dict(**_MINIMIND, hidden_size=768, intermediate_size=2048, num_layers=16, head_dim=96),
     "minimind-145m-moe": dict(
         **_MINIMIND,
+        family="minimind",
         hidden_size=640,
         intermediate_size=1728,
         num_layers=8,
