@@ -80,10 +80,12 @@ def test_processes_are_one_run_and_survive_a_kill(data: Path, tmp_path: Path) ->
     killed = time.monotonic()
     assert started[0].wait(timeout=60) == EXIT_STATUS
     assert time.monotonic() - killed < 30
+    started[1].wait()
     log = (broken / "log0").read_text()
     assert "error: process 1 (" in log and f"pid {started[1].pid}) is gone" in log and "--resume" in log
+    wait(broken, launch(broken, {**fields, "steps": 9}, 2, 2, "--resume"))
     wait(broken, launch(broken, fields, 4, 1, "--resume"))
-    assert losses(broken / "run") == together, "killed, and resumed as four processes: the same bits"
+    assert losses(broken / "run") == together, "killed, resumed, and resumed as four processes: the same bits"
     assert run_hash(broken / "run") == run_hash(two / "run")
 
 

@@ -83,7 +83,7 @@ def start(*, elastic: bool = False, devices: int | None = None, processes: int =
         if elastic:
             os.environ["NPROC"] = str(ELASTIC_THREADS)
         elif processes > 1:  # a collective of gloo blocks its thread: with too few for all devices none goes on
-            # At least as many as elastic runs, so that 2 x 2 and 4 x 1 devices share a pool size, and so their bits.
+            # At least as many as elastic runs, so that 2 x 2 and 4 x 1 devices share a pool size: sums depend on it.
             os.environ.setdefault("NPROC", str(max(pool_threads(), ELASTIC_THREADS, GLOO_THREADS * (devices or 1))))
         if devices is not None:
             jax.config.update("jax_num_cpu_devices", devices)
