@@ -1,4 +1,4 @@
-"""The quickstart's model: about 3 million parameters, trained on two CPU cores in minutes.
+"""The quickstart's model: about 4 million parameters, trained on two CPU cores in minutes.
 
 `configs/quickstart.py:workdir=DIR` reads the data that `make quickstart` (or its stages) wrote to DIR; what
 follows `workdir=` is the path to its end, commas included. `tiny,` before it shrinks it all to seconds.
@@ -20,7 +20,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.seed = 0
     config.steps = 8 if tiny else 320
 
-    config.model = ConfigDict(preset("llama-micro"))  # 3.1M parameters, vocabulary of 8192
+    config.model = ConfigDict(preset("llama-micro"))  # 3.8M parameters, vocabulary of 8192
     if tiny:
         config.model.update(vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2)
         config.model.update(num_heads=2, num_kv_heads=1)

@@ -224,7 +224,7 @@ def test_presets_have_the_published_size(name: str) -> None:
     assert count_parameters(ModelConfig(**preset(name))).total == pytest.approx(PUBLISHED_SIZES[name], rel=0.01)
 
 
-OURS = ("llama-23m", "llama-42m", "llama-124m", "nanollama-1b", "deepseek-moe-7b")
+OURS = ("llama-micro", "llama-23m", "llama-42m", "llama-124m", "nanollama-1b", "deepseek-moe-7b")
 
 
 @pytest.mark.parametrize("name", OURS)

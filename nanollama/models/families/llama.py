@@ -1,9 +1,8 @@
 """Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases (arXiv:2302.13971, 2307.09288, 2407.21783).
 
 Our own presets are llama-micro to nanollama-1b; their hidden and ffn sizes are multiples of 256, which GGUF's k-quants
-need, but for llama-micro: 3 million parameters are too few for a width of 256, 4 layers and 8192 tokens. The others are
-the published models: Llama 3.2 (1b, 3b), Llama 2 (7b, 13b), Llama 3.1 (8b). Parameter counts are in
-`python -m nanollama.models`.
+need. The others are the published models: Llama 3.2 (1b, 3b), Llama 2 (7b, 13b), Llama 3.1 (8b). Parameter counts are
+in `python -m nanollama.models`.
 """
 
 from typing import Any
@@ -36,13 +35,13 @@ def _llama3_scaling(factor: float) -> RopeScaling:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # about 3.1M with the quickstart's 8k vocabulary: trains on two CPU cores in minutes
+    # about 3.8M with the quickstart's 8k vocabulary: trains on two CPU cores in minutes
     "llama-micro": dict(
         vocab_size=8192,
-        hidden_size=192,
+        hidden_size=256,
         intermediate_size=512,
-        num_layers=4,
-        num_heads=6,
+        num_layers=3,
+        num_heads=8,
         num_kv_heads=2,
         head_dim=32,
         tie_embeddings=True,
