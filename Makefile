@@ -7,6 +7,7 @@
 #   make lint         ruff, mypy, import contracts
 #   make clean        remove what these targets made; runs/ stays
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, WORKDIR=folder where quickstart writes.
+# EXTRAS=cuda-plan adds extras of pyproject.toml to the environment of the tests when it is made.
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-core test-parity smollm2 lint clean
@@ -14,6 +15,8 @@
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 PYTEST_ARGS ?=
+EXTRAS ?=
+comma := ,
 SPEC := pyproject.toml setup.py launch/install.sh $(wildcard requirements/*.txt)
 RUN := "$(VENV)/bin/python" -m
 
@@ -29,7 +32,7 @@ $(VENV)/.installed: $(SPEC)
 	@touch $@
 
 $(VENV)/.installed-test: $(SPEC)
-	@PYTHON="$(PYTHON)" launch/install.sh "$(VENV)" test
+	@PYTHON="$(PYTHON)" launch/install.sh "$(VENV)" "test$(addprefix $(comma),$(EXTRAS))"
 	@touch $@ "$(VENV)/.installed"
 
 $(VENV)/.installed-lint: $(SPEC)

@@ -9,11 +9,12 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from nanollama import config as configs
 from nanollama.config import Config, ConfigError
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here, and not as the last line")
     parser.add_argument("--shardings", action="store_true", help="print where each parameter lives, and stop")
     options, rest = parser.parse_known_args(arguments)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan needs no accelerator, and takes none from who uses it
+    if not jax.config.jax_platforms:  # a plan needs no accelerator, and takes none from who uses it
+        jax.config.update("jax_platforms", "cpu")
     try:
         config = configs.load(options.config, configs.overrides(rest))
         target = here.this_machine(config) if options.target == "cpu" else targets.parse(options.target)
@@ -66,16 +68,20 @@ def plan(config: Config, target: Target, *, compile_it: str = "auto", price: flo
          carbon: float = targets.CARBON) -> tuple[dict[str, Any], str]:  # fmt: skip
     """(figures, report). Errors: ConfigError where the config cannot run on so many devices at all."""
     option = knobs.evaluate(config, target)
-    _check_rows(config, option.sizes)
     room = target.device.memory
     options = knobs.fitting(config, target, room)
+    refused = _rows_refused(config, option.sizes)
+    if refused:  # the best setting that can run is planned instead
+        if not options:
+            raise refused
+        option = options[0]
     # Where the formula is sure that it does not fit, the best setting that does is compiled instead.
     tried = options[0] if options and option.memory.total > here.SURE * room else option
     compiled, why_not = _compile(tried.config, target, compile_it)
     fits = tried is option and (compiled.total if compiled else option.memory.total) <= room
-    fits = fits and not why_not.startswith("out of memory")
+    fits = fits and not refused and not why_not.startswith("out of memory")
     cost = roofline.bill(config, target, option.time.total, price=price, carbon=carbon)
-    verdict = Verdict(config, target, option, options, tried, compiled, why_not, fits, cost)
+    verdict = Verdict(config, target, option, options, tried, compiled, why_not, fits, cost, str(refused or ""))
     return _figures(verdict), _report(verdict)
 
 
@@ -85,24 +91,27 @@ class Verdict:
 
     config: Config
     target: Target
-    option: knobs.Option  # the config as it is
+    option: knobs.Option  # the config as it is; or the first of `options`, where that is `refused`
     options: list[knobs.Option]  # what fits by formula, fastest first
     tried: knobs.Option  # what was compiled: `option`, or the first of `options`
     compiled: aot.Compiled | None
     why_not: str  # why nothing was compiled
-    fits: bool
+    fits: bool  # the config as it is
     cost: roofline.Bill
+    refused: str  # why the config as it is cannot run on so many devices, if it cannot
 
 
-def _check_rows(config: Config, sizes: dict[str, int]) -> None:
+def _rows_refused(config: Config, sizes: dict[str, int]) -> ConfigError | None:
+    """What the train step would say where the rows do not divide over the devices."""
     shards = roofline.batch_shards(sizes) * config.batch.micro_batches
     if config.determinism != "elastic" and config.batch.global_rows % shards:
-        raise ConfigError(
+        return ConfigError(
             "config.batch.global_rows",
             f"{config.batch.global_rows} is not divisible by micro_batches={config.batch.micro_batches} x "
             f"{roofline.batch_shards(sizes)} devices with rows of their own",
             f"Use a multiple of {shards}, or fewer micro-batches.",
         )
+    return None
 
 
 def _compile(config: Config, target: Target, compile_it: str) -> tuple[aot.Compiled | None, str]:
@@ -126,7 +135,7 @@ def _compile(config: Config, target: Target, compile_it: str) -> tuple[aot.Compi
 
 
 def _figures(v: Verdict) -> dict[str, Any]:
-    config, target, option, compiled = v.config, v.target, v.option, v.compiled
+    config, target, option, compiled = v.option.config, v.target, v.option, v.compiled
     count, flops = count_parameters(config.model), flops_per_token(config.model, config.data.sequence_length)
     formula = {**dataclasses.asdict(option.memory), "arguments": option.memory.arguments,
                "temporaries": option.memory.temporaries, "total": option.memory.total}  # fmt: skip
@@ -142,10 +151,11 @@ def _figures(v: Verdict) -> dict[str, Any]:
         "rows_per_device": memory.rows_on_device(config, option.sizes),
         "formula": formula,
         "compiled": {**dataclasses.asdict(compiled), "total": compiled.total,
-                     "overrides": v.tried.overrides(config)} if compiled else None,
+                     "overrides": v.tried.overrides(v.config)} if compiled else None,
         "not_compiled": v.why_not,
+        "refused": v.refused,
         "fits": v.fits,
-        "options": [{"overrides": o.overrides(config), "total": o.memory.total, "seconds": o.time.total}
+        "options": [{"overrides": o.overrides(v.config), "total": o.memory.total, "seconds": o.time.total}
                     for o in v.options],
         "step": {**dataclasses.asdict(option.time), "total": option.time.total, "limit": option.time.limit},
         "run": {**dataclasses.asdict(v.cost), "steps": config.steps,
@@ -154,11 +164,15 @@ def _figures(v: Verdict) -> dict[str, Any]:
 
 
 def _report(v: Verdict) -> str:
-    return "\n".join([*_heading(v), *_memory_lines(v), *_advice(v), *_time_lines(v)])
+    refused = [
+        f"refused    {v.refused}",
+        f"           so this is the plan with {' '.join(v.option.overrides(v.config))}",
+    ] if v.refused else []  # fmt: skip
+    return "\n".join([*refused, *_heading(v), *_memory_lines(v), *_advice(v), *_time_lines(v)])
 
 
 def _heading(v: Verdict) -> list[str]:
-    config, target, sizes = v.config, v.target, v.option.sizes
+    config, target, sizes = v.option.config, v.target, v.option.sizes
     count, rows, length = count_parameters(config.model), config.batch.global_rows, config.data.sequence_length
     flops, micro = flops_per_token(config.model, length).train, config.batch.micro_batches
     lines = [
@@ -193,7 +207,8 @@ def _memory_lines(v: Verdict) -> list[str]:
         lines.append(f"           not compiled: {v.why_not}")
     needed = (compiled.total if compiled else formula.total) / GIB
     room = f"{needed:.2f} of the {v.target.device.memory / GIB:.1f} GiB that can be used"
-    return [*lines, f"fits       {'yes' if v.fits else 'NO'}: {room}"]
+    verdict = "as it is NO, as planned here yes" if v.refused else "yes" if v.fits else "NO"
+    return [*lines, f"fits       {verdict}: {room}"]
 
 
 def _advice(v: Verdict) -> list[str]:

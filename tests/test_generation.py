@@ -328,8 +328,11 @@ def test_few_programs_are_compiled_and_the_cache_grows(monkeypatch: pytest.Monke
     assert fresh.shapes == before
 
 
-def test_sharded_parameters_give_the_same_text_without_implicit_transfers() -> None:
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+@pytest.mark.parametrize(("axes", "rows"), [
+    (dict(fsdp=2, tensor=2), 3), (dict(context=2, stage=2), 1),
+], ids=["fsdp-tensor", "context-stage"])  # fmt: skip
+def test_sharded_parameters_give_the_same_text_without_implicit_transfers(axes: dict[str, int], rows: int) -> None:
+    mesh = make_mesh(MeshConfig(data=1, **axes), jax.devices()[:4])
     sharded = jax.tree.map(
         lambda leaf, axes: jax.device_put(leaf, sharding(axes, leaf.shape, mesh)),
         parameters(), logical_axes(MODEL), is_leaf=lambda leaf: isinstance(leaf, jax.Array),
@@ -337,8 +340,8 @@ def test_sharded_parameters_give_the_same_text_without_implicit_transfers() -> N
     cut = Engine(sharded, MODEL, COMPUTE, context_length=CONTEXT, mesh=mesh)
     config = SamplingConfig(seed=11, top_p=0.9)
     with jax.transfer_guard("disallow"):
-        found = cut.generate(PROMPTS[:3], config, max_new_tokens=12)
-    for got, wanted in zip(found, engine().generate(PROMPTS[:3], config, max_new_tokens=12), strict=True):
+        found = cut.generate(PROMPTS[:rows], config, max_new_tokens=12)
+    for got, wanted in zip(found, engine().generate(PROMPTS[:rows], config, max_new_tokens=12), strict=True):
         assert got.tokens == wanted.tokens
         np.testing.assert_allclose(got.log_probs, wanted.log_probs, atol=1e-4)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_sharding_equivalence import assert_close
-from tiny import COMPUTE, MODEL, Training, host_state, random_batch, tiny_config
+from tiny import COMPUTE, MODEL, QUICK, Training, host_state, random_batch, tiny_config
 
 from nanollama.config import (
     ComputeConfig,
@@ -106,7 +106,8 @@ def test_unrolling_and_remat_change_no_number() -> None:
 
     def run(compute: ComputeConfig) -> Any:
         loss = functools.partial(next_token.loss_sums, decoder=Decoder(model, compute), loss=LOSS)
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch())
+        program = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        return program(params, batch())
 
     (_, sums), gradients = run(ComputeConfig(scan_unroll=0, remat="full"))
     (_, expected), wanted = run(ComputeConfig(scan_unroll=1))

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
-from tiny import Training, tiny_config
+from tiny import MODEL, Training, tiny_config
 
 from nanollama import config as configs
 from nanollama import plan
@@ -80,12 +83,14 @@ def test_formula_reacts_to_every_knob():
 
 @pytest.mark.parametrize("target", ["v5e-4", "h200x2"])
 def test_compiled_for_a_machine_that_is_not_here(target):
-    """Minutes of laptop time at 7B; here a model of two layers, whose collectives must be those of its layout."""
+    """Minutes of laptop time at 7B; here a model of two layers, whose collectives must be those of its layout. Its
+    sizes fill a TPU's tiles of 8 x 128, to which smaller arrays are padded."""
     where = targets.parse(target)
     if absent := aot.missing(where):
         pytest.skip(absent)
-    config = tiny_config(rows=8, compute=ComputeConfig(scan_unroll=1, dtype="bfloat16", loss_chunk_tokens=128))
-    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1))
+    model = dataclasses.replace(MODEL, vocab_size=1024, hidden_size=512, intermediate_size=1024, head_dim=128)
+    compute = ComputeConfig(scan_unroll=1, dtype="bfloat16", loss_chunk_tokens=128)
+    config = tiny_config(rows=8, model=model, compute=compute, mesh=MeshConfig(data=1, fsdp=-1))
     compiled = aot.compile_step(config, where)
     sizes = mesh_sizes(config.mesh, where.count)
     assert sum(memory.state_bytes(config, sizes)) <= compiled.arguments <= 2 * sum(memory.state_bytes(config, sizes))
@@ -107,6 +112,36 @@ def test_command_line(capsys, tmp_path):
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures["fits"] and 0.3 < figures["run"]["mfu"] < 0.66
     assert figures["run"]["dollars"] == pytest.approx(figures["run"]["days"] * 24 * 3.8)
+
+
+def test_rows_that_do_not_divide_are_planned_with_settings_that_do(capsys):
+    """128 rows on 256 chips: all devices fsdp cannot run."""
+    command = [f"--config={ROOT / 'configs/phase1.py'}", "--target=v5p-256", "--compile=no"]
+    assert plan.main(command) == 1
+    *text, last = capsys.readouterr().out.splitlines()
+    figures = json.loads(last)
+    assert text[0].startswith("refused    config.batch.global_rows: 128 is not divisible") and not figures["fits"]
+    best = figures["options"][0]["overrides"]
+    assert text[1].endswith(" ".join(best)) and figures["mesh"]["tensor"] == 2 and figures["rows_per_device"] == 1
+    assert plan.main([*command, *best]) == 0, "its own advice runs"
+    assert plan.main([*command, "--config.batch.global_rows=3"]) == 2
+    assert "config.batch.global_rows: 3 is not divisible" in capsys.readouterr().err
+
+
+def test_the_command_takes_no_accelerator(tmp_path):
+    """In a process of its own that nothing told where to run; it compiles where a compiler is installed."""
+    fields = {name: value for name, value in dataclasses.asdict(tiny_config(rows=8)).items() if value is not None}
+    (tmp_path / "config.py").write_text(f"def get_config(arg):\n    return {fields!r}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "nanollama.plan", f"--config={tmp_path / 'config.py'}", "--target=h200x1",
+         f"--json={tmp_path / 'plan.json'}"],
+        cwd=ROOT, env={name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert (figures["compiled"] is None) == (aot.missing(targets.parse("h200x1")) is not None)
 
 
 @pytest.mark.parametrize(("argument", "message"), [
@@ -146,8 +181,65 @@ def test_the_check_before_training(monkeypatch):
         here.check_memory(config, 1)
 
 
-def test_out_of_memory_names_the_parts_and_the_knob():
+# As the GPU runtime prints it, and as TPU compilers did before they printed one line; the list is not always in order.
+GPU_ERROR = """RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738368 bytes.
+BufferAssignment OOM Debugging.
+BufferAssignment stats:
+             parameter allocation:   12.30GiB
+                 total allocation:   66.20GiB
+Peak buffers:
+\tBuffer 1:
+\t\tSize: 512.00MiB
+\t\tEntry Parameter Subshape: f32[22,2048,2048]
+\t\t==========================
+
+\tBuffer 2:
+\t\tSize: 32.00GiB
+\t\tOperator: op_name="jit(train_step)/jit(main)/jvp(Decoder)/mlp/dot_general" source_file="step.py" source_line=9
+\t\tXLA Label: fusion
+\t\tShape: bf16[22,65536,5632]
+\t\t==========================
+
+\tBuffer 3:
+\t\tSize: 0.98GiB
+\t\tEntry Parameter Subshape: f32[22,2048,5632]
+\t\t==========================
+
+\tBuffer 4:
+\t\tSize: 384.0KiB
+\t\tEntry Parameter Subshape: f32[256,384]
+\t\t==========================
+"""
+TPU_ERROR = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.40G of 15.48G hbm.
+  Largest program allocations in hbm:
+
+  1. Size: 16.00G
+     Operator: op_name="jit(train_step)/jit(main)/transpose(jvp(Decoder))/attention/dot_general" source_file="x.py"
+     Shape: f32[65536,65536]{1,0:T(8,128)}
+     Unpadded size: 16.00G
+     XLA label: %fusion.2 = f32[65536,65536]{1,0:T(8,128)} fusion(f32[8]{0} %p.1)
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 570.00M
+     Shape: f32[29184,2,2560]{2,1,0:T(2,128)}
+     ==========================
+"""
+
+
+def test_out_of_memory_names_the_largest_buffers_and_the_knob():
+    config, devices = tiny_config(rows=16), make_mesh(MeshConfig(1, 1, 1)).size
     error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nBuffer 1: ...")
     assert here.out_of_memory(error) and not here.out_of_memory(RuntimeError("INVALID_ARGUMENT"))
-    text = here.explain(tiny_config(rows=16), make_mesh(MeshConfig(1, 1, 1)).size, error)
+    text = here.explain(config, devices, error)  # XLA says nothing of buffers: the formula's parts
     assert "Out of memory allocating 123 bytes" in text and text.count("GiB") == 3 and "--config." in text
+    text = here.explain(config, devices, RuntimeError(GPU_ERROR))
+    assert text.splitlines()[1] == (
+        "The largest buffers on a device, by XLA: 32.00 GiB bf16[22,65536,5632] (jvp(Decoder)/mlp/dot_general); "
+        "0.98 GiB f32[22,2048,5632] (no operation given); 0.50 GiB f32[22,2048,2048] (no operation given)."
+    )
+    assert "--config." in text and "by formula" in text
+    assert here.largest_buffers(TPU_ERROR) == [
+        "16.00 GiB f32[65536,65536] (transpose(jvp(Decoder))/attention/dot_general)",
+        "0.56 GiB f32[29184,2,2560] (no operation given)",
+    ]

@@ -1,29 +1,65 @@
-"""A mesh changes where the numbers are, not the numbers: losses and gradients equal the single-device run's."""
+"""A mesh changes where the numbers are, not the numbers: losses and gradients equal the single-device run's.
+
+Every axis alone, and every pair of axes in a mesh of three (2 x 2 x 2 devices); each program with documents in its rows
+and without. The model of the pairs has two layers without experts before two with, so each pair meets both kinds.
+"""
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import Training, host_state, random_batch, tiny_config
+from tiny import MODEL, QUICK, Training, host_state, random_batch, tiny_config
 
-from nanollama.config import MeshConfig, OptimizerConfig
-from nanollama.parallel.mesh import make_mesh
+from nanollama.config import Config, LossConfig, MeshConfig, MoeConfig, OptimizerConfig
+from nanollama.parallel.mesh import AXES, make_mesh
 from nanollama.training.integrity import tree_hash
 from nanollama.training.optim import make_optimizer
 from nanollama.training.state import abstract_state, init_state
 
 CONFIG = tiny_config(rows=16, micro_batches=2)
-MESHES = [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2), MeshConfig(1, 1, 4)]
 MUON = tiny_config(optimizer=OptimizerConfig(name="muon", learning_rate=1e-3))
+MIXED = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(MODEL, num_layers=4, num_kv_heads=1, moe=MoeConfig(4, 2, 16, first_dense_layers=2)),
+    loss=LossConfig(balance_loss=0.01, router_z_loss=0.001),
+)
+# Each pair of axes is in one of these; the model above has one KV head, which two tensor shards share.
+TRIPLES = (
+    "data fsdp tensor", "fsdp context stage", "fsdp expert tensor", "context stage tensor", "data expert context",
+    "data expert stage",
+)  # fmt: skip
+
+
+def documents_and_rows() -> list[dict[str, np.ndarray]]:
+    """A batch with two documents in each row, and one in which a row is one document."""
+    packed = random_batch(0, rows=16)
+    positions = np.broadcast_to(np.arange(packed["tokens"].shape[1], dtype=np.int32), packed["tokens"].shape)
+    return [packed, {**random_batch(1, rows=16), "positions": positions, "first_key": np.zeros_like(positions)}]
+
+
+def gradients_of(config: Config, mesh: MeshConfig) -> list[tuple[Any, Any]]:
+    """(gradients, sums) of each of `documents_and_rows`, by one compiled program."""
+    training = Training(config, mesh)
+    return [training.gradient(batch) for batch in documents_and_rows()]
 
 
 @functools.cache
-def single_device_gradient() -> tuple[Any, Any]:
-    return Training(CONFIG).gradient(random_batch(0, rows=16))
+def on_one_device(config: Config) -> list[tuple[Any, Any]]:
+    return gradients_of(config, MeshConfig(1))
+
+
+def check(config: Config, mesh: MeshConfig) -> None:
+    for (gradients, sums), (expected_gradients, expected) in zip(
+        gradients_of(config, mesh), on_one_device(config), strict=True
+    ):
+        assert sums.weight == expected.weight
+        assert_close(sums, expected, 2e-6)
+        assert_close(gradients, expected_gradients, 1e-5)
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:
@@ -34,26 +70,36 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e}"
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh.data}x{mesh.fsdp}x{mesh.tensor}")
-def test_loss_and_gradients_equal_the_single_device_run(mesh):
-    training = Training(CONFIG, mesh)
-    gradients, sums = training.gradient(random_batch(0, rows=16))
-    expected_gradients, expected_sums = single_device_gradient()
-    assert sums.weight == expected_sums.weight
-    assert_close(sums, expected_sums, 1e-6)
-    assert_close(gradients, expected_gradients, 5e-6)
+@pytest.mark.parametrize("axes", [
+    dict(data=8), dict(fsdp=8), dict(expert=8), dict(context=4), dict(tensor=4), dict(stage=2),
+    dict(context=4, tensor=2),
+], ids="-".join)  # fmt: skip
+def test_each_axis_alone(axes: dict[str, int]) -> None:
+    """In a model without experts the expert axis is another data axis; tensor=4 is more than the two KV heads."""
+    check(CONFIG, MeshConfig(**{"data": 1, **axes}))
 
 
-def test_a_wrong_gradient_would_be_found():
-    gradients, _ = single_device_gradient()
-    without_one_row, _ = Training(CONFIG).gradient(
-        {
-            **random_batch(0, rows=16),
-            "weights": random_batch(0, rows=16)["weights"] * (np.arange(16) > 0)[:, None],
-        }
-    )
-    with pytest.raises(AssertionError):
-        assert_close(without_one_row, gradients, 5e-6)
+@pytest.mark.parametrize("axes", TRIPLES)
+def test_each_pair_of_axes(axes: str) -> None:
+    check(MIXED, MeshConfig(**{"data": 1, **dict.fromkeys(axes.split(), 2)}))
+
+
+def test_no_pair_is_left_out() -> None:
+    pairs = {frozenset(pair) for triple in TRIPLES for pair in itertools.combinations(triple.split(), 2)}
+    assert pairs == {frozenset(pair) for pair in itertools.combinations(AXES, 2)}
+
+
+def test_a_wrong_gradient_would_be_found() -> None:
+    """One row of sixteen left out; and documents that see each other."""
+    (gradients, _), _ = on_one_device(CONFIG)
+    packed, _ = documents_and_rows()
+    training = Training(CONFIG)
+    for wrong in (
+        {**packed, "weights": packed["weights"] * (np.arange(16) > 0)[:, None]},
+        {**packed, "first_key": np.zeros_like(packed["first_key"])},
+    ):
+        with pytest.raises(AssertionError):
+            assert_close(training.gradient(wrong)[0], gradients, 1e-5)
 
 
 @pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
@@ -65,7 +111,9 @@ def test_update_on_a_mesh_equals_one_device(config):
     for mesh in (MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)):
         training = Training(config, mesh)
         update = jax.jit(
-            training.optimizer.update, out_shardings=(training.shardings.params, training.shardings.opt_state)
+            training.optimizer.update,
+            out_shardings=(training.shardings.params, training.shardings.opt_state),
+            compiler_options=QUICK,
         )
         on_device = jax.device_put(gradients, training.shardings.params)
         updates.append(update(on_device, training.state.opt_state, training.state.params)[0])
@@ -97,11 +145,3 @@ def test_optimizer_state_lies_beside_its_parameters(config):
             assert (x.shape, x.sharding) == (params[name].shape, params[name].sharding)
             moments += 1
     assert moments == {"adamw": 2 * 12, "muon": 2 * 5 + 7}[config.optimizer.name]
-
-
-def test_the_expert_axis_holds_rows_too():
-    """In a model without experts it is another data axis."""
-    gradients, sums = Training(CONFIG, MeshConfig(data=2, expert=4)).gradient(random_batch(0, rows=16))
-    expected_gradients, expected_sums = single_device_gradient()
-    assert_close(sums, expected_sums, 1e-6)
-    assert_close(gradients, expected_gradients, 5e-6)

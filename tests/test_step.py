@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import MODEL, Training, random_batch, tiny_config
+from tiny import MODEL, QUICK, Training, random_batch, tiny_config
 
 from nanollama.config import ConfigError, LossConfig, MeshConfig, ScheduleConfig
 from nanollama.data.files import DataError
@@ -46,16 +46,17 @@ def compile_step_on_a_mesh() -> None:
     for mesh in (MeshConfig(2, 2, 2), MeshConfig(1, 4, 2)):  # which one XLA minds depends on its version
         compile_a_bad_lookup(mesh)
     print("MUTANT ENDS", file=sys.stderr, flush=True)
-    training = Training(tiny_config(rows=16, micro_batches=2), MeshConfig(2, 2, 2))
-    before, batch = training.state, training.put(random_batch(0, rows=16))
-    compiled = training.step.lower(before, batch).compile()
-    assert compiled.memory_analysis().alias_size_in_bytes == bytes_on_one_device(before)
-    after, _ = compiled(before, batch)
-    assert all(x.is_deleted() for x in jax.tree.leaves(before)), "the donated state is still alive"
-    assert jax.tree.map(lambda x: x.sharding, after) == training.shardings
-    assert int(after.step) == 1 and after.step.dtype == jnp.int32
+    for mesh in (MeshConfig(2, 2, 2), MeshConfig(1, fsdp=2, context=2, stage=2)):
+        training = Training(tiny_config(rows=16, micro_batches=2), mesh)
+        before, batch = training.state, training.put(random_batch(0, rows=16))
+        compiled = training.step.lower(before, batch).compile(QUICK)
+        assert compiled.memory_analysis().alias_size_in_bytes == bytes_on_one_device(before)
+        after, _ = compiled(before, batch)
+        assert all(x.is_deleted() for x in jax.tree.leaves(before)), "the donated state is still alive"
+        assert jax.tree.map(lambda x: x.sharding, after) == training.shardings
+        assert int(after.step) == 1 and after.step.dtype == jnp.int32
     other = Training(tiny_config(rows=16), MeshConfig(1, 4, 2))
-    jax.jit(other.gradient_program).lower(other.state.params, other.put(random_batch(0, rows=16))).compile()
+    jax.jit(other.gradient_program).lower(other.state.params, other.put(random_batch(0, rows=16))).compile(QUICK)
 
 
 def test_state_is_aliased_and_nothing_is_rematerialized():

@@ -36,6 +36,8 @@ MODEL = ModelConfig(
 # One layer per scan iteration compiles in half the time; chunks smaller than a row, so that chunking is exercised.
 COMPUTE = ComputeConfig(scan_unroll=1, loss_chunk_tokens=128)
 
+QUICK = {"xla_backend_optimization_level": 0}  # compiler options: half the time for programs that run once or twice
+
 
 def tiny_config(rows: int = 8, micro_batches: int = 1, **changes: Any) -> Config:
     """Constant learning rate, AdamW, one device, unless `changes` says otherwise."""
@@ -112,5 +114,12 @@ class Training:
 
     def gradient(self, batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
         """(gradients of the summed loss, sums), on the host."""
-        program = jax.jit(self.gradient_program, in_shardings=(self.shardings.params, batch_sharding(self.mesh)))
-        return jax.device_get(program(self.state.params, self.put(batch)))
+        return jax.device_get(self._gradient(self.state.params, self.put(batch)))
+
+    @functools.cached_property
+    def _gradient(self) -> Any:
+        return jax.jit(
+            self.gradient_program,
+            in_shardings=(self.shardings.params, batch_sharding(self.mesh)),
+            compiler_options=QUICK,
+        )

@@ -7,7 +7,6 @@ tokens before the host looks. Knows tokens, not text.
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from nanollama.generation import decode
 from nanollama.generation.decode import CHUNK, News, Plan, Program, State
 from nanollama.generation.sampling import Rows, SamplingConfig, rows_of
 from nanollama.models.decoder import Decoder, Params
-from nanollama.parallel.mesh import BATCH_AXES
+from nanollama.parallel.mesh import shards
 
 STREAM_SECONDS = 0.1  # a stream's runs are as long as fits in this: text flows, and Ctrl-C is heard
 MIN_PROMPT, MIN_CACHE, MIN_STOPS = (
@@ -241,9 +240,9 @@ class Engine:
         return self._grow(state, power_of_two(needed, at_once))
 
     def _bucket_rows(self, count: int) -> int:
-        """A power of two, and as many rows as the mesh has batch shards times a whole number."""
-        shards = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-        return -(-power_of_two(count, 1) // shards) * shards
+        """A power of two, and as many rows as the mesh cuts a batch into, times a whole number."""
+        parts = 1 if self.mesh is None else shards("batch", self.mesh)
+        return -(-power_of_two(count, 1) // parts) * parts
 
     def _put(self, arrays: Any) -> Any:
         """To the device, or whole to every device of the mesh: said explicitly, for transfer guards."""

@@ -36,6 +36,14 @@ def to_pieces(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: constrain(_cut(x_BT, count), "batch", None) for name, x_BT in arrays.items()}
 
 
+def to_rows(x_P: jax.Array) -> jax.Array:
+    """The inverse of `to_pieces`: [C * B * 2, T / 2C] -> [B, T]."""
+    count, length = size(), x_P.shape[1]
+    early_late = x_P.reshape(count, -1, 2, length)  # [C, B, 2, T / 2C]
+    in_order = jnp.concatenate([early_late[:, :, 0], early_late[::-1, :, 1]])  # [2C, B, T / 2C]
+    return in_order.swapaxes(0, 1).reshape(-1, 2 * count * length)
+
+
 def starts(rows: int, length: int) -> jax.Array:
     """[C * B * 2] int32: the position in its row of each piece's first token; `rows` pieces of `length`."""
     count = size()

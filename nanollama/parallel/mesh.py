@@ -81,6 +81,11 @@ def one_device(mesh: Mesh) -> Mesh:
     return make_mesh(MeshConfig(data=1), [mesh.devices.flat[0]])
 
 
+def shards(axis: str, mesh: Mesh) -> int:
+    """Parts that RULES cut a logical axis into."""
+    return math.prod(mesh.shape[name] for name in RULES[axis] or ())
+
+
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Where an array with these logical axes and shape lives.
 
@@ -92,16 +97,16 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
         if axis is not None and axis not in RULES:
             raise KeyError(f"logical axis {axis!r} is not in RULES. {nearest(axis, list(RULES))}")
         names = RULES[axis] if axis is not None else None
-        shards = math.prod(mesh.shape[name] for name in names) if names else 1
-        if size % shards:
+        parts = shards(axis, mesh) if axis is not None else 1
+        if size % parts:
             if axis not in _REPLICATE_IF_INDIVISIBLE:
                 raise ConfigError(
                     "config.mesh",
-                    f"{'x'.join(names or ())}={shards} does not divide the {axis} dimension of {size}",
+                    f"{'x'.join(names or ())}={parts} does not divide the {axis} dimension of {size}",
                     f"Use mesh sizes whose product divides {size}.",
                 )
             names = None
-        entries.append(names if shards > 1 else None)
+        entries.append(names if parts > 1 else None)
     used = [name for names in entries if names for name in names]
     if len(used) != len(set(used)):
         raise ValueError(f"axes {tuple(axes)} put two dimensions on one mesh axis: {entries}")

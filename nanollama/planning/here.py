@@ -4,6 +4,7 @@ Knows how much memory there is. Refuses only what is sure not to fit, and warns 
 """
 
 import os
+import re
 
 import jax
 
@@ -99,13 +100,33 @@ def out_of_memory(error: BaseException) -> bool:
     return "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text or "out of memory" in text.lower()
 
 
+def largest_buffers(text: str, count: int = 3) -> list[str]:
+    """The largest of the buffers that XLA lists in its error: size, shape, and the operation that makes each.
+
+    XLA's GPU runtime lists them ("Buffer 1: Size: 4.00GiB ..."), the TPU compiler of some versions ("1. Size: 4.00G
+    ..."). Arguments of the program are named by none. Empty where there is no list.
+    """
+    found = []
+    for block in re.split(r"^\s*(?:Buffer \d+:|\d+\.)\s+(?=Size:)", text, flags=re.MULTILINE)[1:]:
+        size = re.match(r"Size:\s*([\d.]+)\s*([KMGT]?)", block)
+        shape = re.search(r"(?:Shape|Subshape): (\S+?)[{\s]", block)
+        if size and shape:
+            operation = re.search(r'op_name="([^"]*)"', block)
+            maker = operation[1].rpartition("jit(main)/")[2] if operation else "no operation given"
+            found.append((float(size[1]) * 1024 ** " KMGT".index(size[2] or " "), shape[1], maker))
+    found.sort(key=lambda buffer: -buffer[0])
+    return [f"{size / GIB:.2f} GiB {shape} ({maker[-100:]})" for size, shape, maker in found[:count]]
+
+
 def explain(config: Config, count: int, error: BaseException) -> str:
-    """What to print for an error that `out_of_memory` knows: the three largest parts and the knob."""
+    """What to print for an error that `out_of_memory` knows: the three largest buffers, or parts, and the knob."""
     sizes = mesh_sizes(config.mesh, count)
     memory = estimate(config, sizes, kernel=jax.default_backend() != "cpu")
     room = device_memory(count) or memory.total
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return (f"out of memory: {said[:200]}\nThe largest parts on a device, by formula: {largest(memory)}.\n"
+    buffers = "; ".join(largest_buffers(str(error)))
+    by_xla = f"The largest buffers on a device, by XLA: {buffers}.\n" if buffers else ""
+    return (f"out of memory: {said[:200]}\n{by_xla}The largest parts on a device, by formula: {largest(memory)}.\n"
             f"{advice(config, sizes, min(room, 0.9 * memory.total))}"
             f"{_gpu_fraction()}")  # fmt: skip
 

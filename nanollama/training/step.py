@@ -69,7 +69,8 @@ def make_train_step(
 
 def make_eval_step(config: Config, decoder: Decoder, mesh: Mesh, shardings: TrainState) -> Any:
     """`evaluate(params, batch) -> LossSums`, jitted: sums, so that the host adds batches exactly. No gradients."""
-    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
+    micro_batches = config.batch.micro_batches
+    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss, micro_batches=micro_batches)
 
     def evaluate(params: Any, batch: Batch) -> LossSums:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nanollama.config import Config
 from nanollama.data.loader import validation_batches
 from nanollama.data.mixture import open_mixture
-from nanollama.models.decoder import Decoder, Params, head
-from nanollama.ops.losses import token_log_probs
+from nanollama.models.decoder import Decoder, Params
+from nanollama.objectives import next_token
 from nanollama.parallel.mesh import batch_sharding
 
 
@@ -35,7 +35,7 @@ class Validation:
             member.packed.source_count("validation", source, "bytes")
             for member in self._mixture.sets for source in member.packed.sources
         ])
-        self._token_nll = make_token_nll(decoder, mesh)
+        self._token_nll = make_token_nll(decoder, mesh, config.batch.micro_batches)
 
     def run(self, params: Params) -> dict[str, Any]:
         """Figures over the split (or its first `config.evaluation.batches` batches), whole and per source."""
@@ -57,15 +57,17 @@ def put_whole(arrays: Mapping[str, np.ndarray], where: NamedSharding) -> dict[st
         return {name: jax.make_array_from_callback(x.shape, where, x.__getitem__) for name, x in arrays.items()}
 
 
-def make_token_nll(decoder: Decoder, mesh: Mesh) -> Callable[[Params, Mapping[str, jax.Array]], jax.Array]:
-    """Compiled (params, batch) -> weight * -log p(target), [B, T] float32, whole on every device."""
+def make_token_nll(
+    decoder: Decoder, mesh: Mesh, micro_batches: int = 0
+) -> Callable[[Params, Mapping[str, jax.Array]], jax.Array]:
+    """Compiled (params, batch) -> weight * -log p(target), [B, T] float32, whole on every device.
+
+    micro_batches: that pass through the mesh's pipeline stages; 0: each device goes through all layers.
+    """
 
     def token_nll(params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
-        hidden_BTD, _ = decoder.apply(
-            {"params": params}, batch["tokens"], batch["positions"], batch["first_key"]
-        )
-        chunk, size = decoder.compute.loss_chunk_tokens, decoder.model.vocab_size
-        logp_BT = token_log_probs(hidden_BTD, head(params), batch["targets"], chunk_tokens=chunk, vocabulary=size)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            logp_BT = next_token.target_log_probs(params, dict(batch), decoder, micro_batches=micro_batches)
         return -batch["weights"] * logp_BT
 
     whole = NamedSharding(mesh, PartitionSpec())
