@@ -4,7 +4,8 @@
 
 Parameters and both moments of AdamW, float32, as a run saves them: written in the background, hashed file by file,
 committed by a rename. `stall` is the time `save` takes before training may go on; `committed` until the folder has
-its final name; `verify` reads and hashes every byte; `restore` includes it. DIR decides the disk: default a temporary folder.
+its final name; `verify` reads and hashes every byte; `restore` includes it. DIR decides the disk: by default that of
+temporary folders.
 """
 
 import argparse
@@ -19,20 +20,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from benchmarks import jax_side  # noqa: E402
-from benchmarks.machine import RESULTS, write  # noqa: E402
-from benchmarks.workload import Workload  # noqa: E402
-from nanollama.config import CheckpointConfig, ComputeConfig, Config, ModelConfig  # noqa: E402
-from nanollama.models.families import preset  # noqa: E402
-from nanollama.parallel import backend  # noqa: E402
-from nanollama.parallel.mesh import make_mesh  # noqa: E402
-from nanollama.training.checkpoint import Checkpoints  # noqa: E402
-from nanollama.training.integrity import find_damage  # noqa: E402
-from nanollama.training.optim import make_optimizer  # noqa: E402
-from nanollama.training.state import TrainState, abstract_state, init_state  # noqa: E402
+from benchmarks import jax_side
+from benchmarks.machine import RESULTS, write
+from benchmarks.workload import Workload
+from nanollama.config import CheckpointConfig, ComputeConfig, Config, ModelConfig
+from nanollama.models.families import preset
+from nanollama.parallel import backend
+from nanollama.parallel.mesh import make_mesh
+from nanollama.training.checkpoint import Checkpoints
+from nanollama.training.integrity import find_damage
+from nanollama.training.optim import make_optimizer
+from nanollama.training.state import TrainState, abstract_state, init_state
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -66,7 +66,8 @@ def ours(model: ModelConfig, options: argparse.Namespace) -> list[dict[str, floa
     """Our engine at each batch size."""
     boxed = jax.jit(lambda seed: nn.meta.unbox(init_params(Decoder(model, ComputeConfig()), seed)))(0)
     compute = ComputeConfig(dtype=options.dtype)
-    engine = Engine(boxed, model, compute, context_length=options.prompt + options.tokens, max_rows=max(options.batches))
+    length = options.prompt + options.tokens
+    engine = Engine(boxed, model, compute, context_length=length, max_rows=max(options.batches))
     generator, entries, itemsize = np.random.default_rng(0), [], jnp.dtype(options.dtype).itemsize
     count = count_parameters(model)
     weights = (count.total - (0 if model.tie_embeddings else count.embedding)) * itemsize  # a table's row is nothing

@@ -8,7 +8,6 @@ and batches from the .npz that `workload.py` writes, and prints one JSON line.
 
 import argparse
 import json
-import platform
 import resource
 import time
 from typing import Any

@@ -20,10 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax  # noqa: E402
+import jax
 
-from benchmarks.machine import RESULTS, write  # noqa: E402
-from nanollama.config import (  # noqa: E402
+from benchmarks.machine import RESULTS, write
+from nanollama.config import (
     BatchConfig,
     ComputeConfig,
     Config,
@@ -33,14 +33,14 @@ from nanollama.config import (  # noqa: E402
     PackedSetConfig,
     ScheduleConfig,
 )
-from nanollama.models.decoder import Decoder  # noqa: E402
-from nanollama.models.families import preset  # noqa: E402
-from nanollama.parallel import backend  # noqa: E402
-from nanollama.parallel.mesh import make_mesh  # noqa: E402
-from nanollama.planning.aot import COLLECTIVES, abstract_batch  # noqa: E402
-from nanollama.training.optim import make_optimizer  # noqa: E402
-from nanollama.training.state import abstract_state, state_shardings  # noqa: E402
-from nanollama.training.step import make_train_step  # noqa: E402
+from nanollama.models.decoder import Decoder
+from nanollama.models.families import preset
+from nanollama.parallel import backend
+from nanollama.parallel.mesh import make_mesh
+from nanollama.planning.aot import COLLECTIVES, abstract_batch
+from nanollama.training.optim import make_optimizer
+from nanollama.training.state import abstract_state, state_shardings
+from nanollama.training.step import make_train_step
 
 MOST = 8  # devices
 BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s64": 8, "u8": 1, "s8": 1, "pred": 1}
@@ -64,9 +64,9 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     """{operation: how many in a program's text, and bytes of their results on one device}."""
     found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for result, name in _RESULT.findall(text):
-        sizes = [BYTES[kind] * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in _ARRAY.findall(result)]
         found[name]["count"] += 1
-        found[name]["bytes"] += sum(sizes)
+        for kind, dims in _ARRAY.findall(result):
+            found[name]["bytes"] += BYTES[kind] * math.prod(map(int, filter(None, dims.split(","))))
     return dict(found)
 
 
