@@ -103,8 +103,8 @@ def load_weights(file: Any, m: Model) -> Any:
     return params
 
 
-def run(path: str) -> dict[str, Any]:
-    """Losses, and wall and processor time of each step."""
+def run(path: str, steps: int | None = None) -> dict[str, Any]:
+    """Losses, and wall and processor time of each step; the first `steps`, default all."""
     file = np.load(path)
     work = json.loads(str(file["workload"]))
     model, params = Llama(flax.core.freeze(work["model"])), load_weights(file, work["model"])
@@ -131,7 +131,7 @@ def run(path: str) -> dict[str, Any]:
 
     batches = {name: file[f"batches/{name}"] for name in ("tokens", "targets", "weights", "positions", "first_key")}
     losses, wall, processor = [], [], []
-    for number in range(work["steps"]):
+    for number in range(work["steps"] if steps is None else steps):
         batch = {name: array[number] for name, array in batches.items()}
         wall_start, processor_start = time.perf_counter(), time.process_time()
         params, opt_state, loss = step(params, opt_state, batch)

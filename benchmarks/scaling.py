@@ -44,7 +44,7 @@ from nanollama.training.step import make_train_step
 
 MOST = 8  # devices
 BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s64": 8, "u8": 1, "s8": 1, "pred": 1}
-_RESULT = re.compile(rf"= (\(?[^=]*?\)?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_RESULT = re.compile(rf"^\s*(?:ROOT )?\S+ = (.+?) ({'|'.join(COLLECTIVES)})\(", re.MULTILINE)
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -61,7 +61,7 @@ def meshes(model: ModelConfig) -> list[tuple[str, MeshConfig]]:
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """{operation: how many in a program's text, and bytes of their results on one device}."""
+    """{operation: how many in a CPU program's text, and bytes of their results on one device}."""
     found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for result, name in _RESULT.findall(text):
         found[name]["count"] += 1

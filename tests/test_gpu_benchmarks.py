@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_all, train_gpu
+from benchmarks import gpu_all, scaling, train_gpu
+from nanollama.config import MeshConfig, ModelConfig
+from nanollama.models.accounting import count_parameters
 from nanollama.parallel.mesh import mesh_sizes
 from nanollama.planning.memory import estimate
 
@@ -131,3 +133,23 @@ def test_every_case_has_a_setting_for_an_h200(name: str) -> None:
         needed.append(estimate(run, mesh_sizes(run.mesh, 1)).total / 2**30)
     assert needed == sorted(needed, reverse=True)
     assert min(needed) < train_gpu.ROOM * 0.95 * 139
+
+
+def test_collectives_of_tuples_are_counted() -> None:
+    text = """
+  %all-reduce.1 = (f32[8,4]{1,0}, f32[], /*index=5*/bf16[2]{0}) all-reduce(%a, %b, %c), channel_id=1
+  ROOT %g = f32[16]{0} all-gather(%x), dimensions={0}
+  %u = f32[99]{0} add(%all-gather.3, %y), metadata={op_name="all-gather("}
+"""
+    assert scaling.collectives(text) == {
+        "all-reduce": {"count": 1, "bytes": 8 * 4 * 4 + 4 + 2 * 2},
+        "all-gather": {"count": 1, "bytes": 64},
+    }
+
+
+def test_devices_share_the_work() -> None:
+    model = ModelConfig(128, 32, 64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+    one, two = (scaling.measure(model, MeshConfig(data=count), rows=4, length=16) for count in (1, 2))
+    assert two["flops"] < 0.55 * one["flops"] and one["collectives"] == {}
+    gradients = 4 * count_parameters(model).total
+    assert two["collectives"]["all-reduce"]["bytes"] >= gradients
