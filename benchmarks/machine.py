@@ -1,9 +1,13 @@
-"""What the figures of a benchmark depend on, without names of hosts or folders."""
+"""What the figures of a benchmark depend on, without names of hosts or folders; and the file they are written to."""
 
+import importlib.metadata
+import json
 import os
 import platform
 from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def machine() -> dict[str, Any]:
@@ -11,4 +15,33 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
     return {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0)),
-            "load_average": [round(load, 2) for load in os.getloadavg()]}
+            "load_average": [round(load, 2) for load in os.getloadavg()]}  # fmt: skip
+
+
+def accelerator() -> dict[str, Any]:
+    """What JAX computes on."""
+    import jax
+
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(path: Path, what: str, figures: dict[str, Any], *packages: str) -> None:
+    """JSON with versions and machine, under its final name only when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {"what": what, "machine": machine(), "device": accelerator(), "versions": versions(*packages)}
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({**parts, **figures}, indent=1) + "\n")
+    part.replace(path)
+    print(f"written to {path.name}")

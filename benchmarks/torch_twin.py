@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 
 class RMSNorm(nn.Module):
@@ -48,13 +50,17 @@ class Block(nn.Module):
         self.up = nn.Linear(D, m["intermediate_size"], bias=False)
         self.down = nn.Linear(m["intermediate_size"], D, bias=False)
 
-    def forward(self, x_BTD: torch.Tensor, rope: tuple, seen_B1TS: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, rope: tuple, seen: Any) -> torch.Tensor:
+        """seen: None for plain causal; a dense mask [B, 1, T, S]; or flex_attention's blocks."""
         B, T, _ = x_BTD.shape
         h = self.attention_norm(x_BTD)
         q = apply_rope(self.query(h).view(B, T, self.H, self.K).transpose(1, 2), *rope)
         k = apply_rope(self.key(h).view(B, T, self.G, self.K).transpose(1, 2), *rope)
         v = self.value(h).view(B, T, self.G, self.K).transpose(1, 2)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_B1TS, is_causal=seen_B1TS is None, enable_gqa=True)
+        if seen is None or isinstance(seen, torch.Tensor):
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
+        else:
+            a = flex_attention(q, k, v.to(q.dtype), block_mask=seen, enable_gqa=True)
         x_BTD = x_BTD + self.output(a.transpose(1, 2).reshape(B, T, self.H * self.K))
         h = self.mlp_norm(x_BTD)
         return x_BTD + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -72,19 +78,34 @@ class Decoder(nn.Module):
         if m["tie_embeddings"]:
             self.head.weight = self.embedding.weight
 
-    def forward(self, batch: dict[str, torch.Tensor], packed: bool) -> torch.Tensor:
-        K, T = self.m["head_dim"], batch["tokens"].shape[1]
-        exponents = torch.arange(0, K, 2, dtype=torch.float32) / K
+    def forward(self, batch: dict[str, Any], remat: bool = False) -> torch.Tensor:
+        K, tokens = self.m["head_dim"], batch["tokens"]
+        exponents = torch.arange(0, K, 2, dtype=torch.float32, device=tokens.device) / K
         angles = batch["positions"].float()[..., None] * self.m["rope_theta"] ** -exponents
-        seen = None
-        if packed:
-            index = torch.arange(T)
-            seen = (index >= batch["first_key"][..., None]) & (index <= index[:, None])
-            seen = seen[:, None]
-        x = self.embedding(batch["tokens"])
+        rope = (angles.cos(), angles.sin())
+        x = self.embedding(tokens)
         for layer in self.layers:
-            x = layer(x, (angles.cos(), angles.sin()), seen)
+            if remat:
+                x = checkpoint(layer, x, rope, batch["seen"], use_reentrant=False)
+            else:
+                x = layer(x, rope, batch["seen"])
         return self.head(self.final_norm(x))
+
+
+def dense_mask(first_key_BT: torch.Tensor) -> torch.Tensor:
+    """[B, 1, T, S] bool: causal, and inside the query's document."""
+    index = torch.arange(first_key_BT.shape[1], device=first_key_BT.device)
+    return ((index >= first_key_BT[..., None]) & (index <= index[:, None]))[:, None]
+
+
+def block_mask(first_key_BT: torch.Tensor) -> Any:
+    """The same for flex_attention, which skips blocks: what PyTorch has for documents on a GPU."""
+
+    def seen(b: torch.Tensor, h: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return (s >= first_key_BT[b, t]) & (s <= t)
+
+    B, T = first_key_BT.shape
+    return create_block_mask(seen, B, None, T, T, device=first_key_BT.device)
 
 
 def load_weights(model: Decoder, weights: Any) -> None:
@@ -103,9 +124,9 @@ def load_weights(model: Decoder, weights: Any) -> None:
                 target.copy_(torch.from_numpy(matrix).reshape(target.shape[1], target.shape[0]).T)
 
 
-def loss_of(model: Decoder, batch: dict[str, torch.Tensor], work: dict[str, Any]) -> torch.Tensor:
+def loss_of(model: Decoder, batch: dict[str, Any], work: dict[str, Any], remat: bool = False) -> torch.Tensor:
     """Mean over the tokens that count of -log p(target) + z_loss * logsumexp^2."""
-    logits = model(batch, work["packed"]).flatten(0, 1)
+    logits = model(batch, remat).flatten(0, 1)
     targets, weights = batch["targets"].flatten(), batch["weights"].flatten()
     if work["packed"]:
         loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
@@ -127,24 +148,33 @@ def make_optimizer(model: Decoder, work: dict[str, Any]) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=work["learning_rate"], betas=betas, eps=work["eps"], fused=True)
 
 
-def run(path: str, bf16: bool = False, compiled: bool = False) -> dict[str, Any]:
-    """Losses, and wall and processor time of each step; `bf16` is autocast, as PyTorch's users have it."""
+def run(
+    path: str, bf16: bool = False, compiled: bool = False, device: str = "cpu", remat: bool = False
+) -> dict[str, Any]:
+    """Losses, and wall and processor time of each step; `bf16` is autocast, as PyTorch's users have it.
+
+    A workload without weights (large models) is run from PyTorch's own initial ones.
+    """
     file = np.load(path)
     work = json.loads(str(file["workload"]))
-    model = Decoder(work["model"])
-    load_weights(model, file)
+    with torch.device(device):
+        model = Decoder(work["model"])
+    if "weights/embedding" in file:
+        load_weights(model, file)
     optimizer = make_optimizer(model, work)
     names = ("tokens", "targets", "weights", "positions", "first_key")
-    batches = {name: torch.from_numpy(file[f"batches/{name}"]) for name in names}
+    batches = {name: torch.from_numpy(file[f"batches/{name}"]).to(device) for name in names}
     for name in ("tokens", "targets"):
         batches[name] = batches[name].long()
     loss_function = torch.compile(loss_of) if compiled else loss_of
     losses, wall, processor = [], [], []
     for step in range(work["steps"]):
-        batch = {name: array[step] for name, array in batches.items()}
+        batch: dict[str, Any] = {name: array[step] for name, array in batches.items()}
         wall_start, processor_start = time.perf_counter(), time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = loss_function(model, batch, work)
+        make_mask = block_mask if device == "cuda" else dense_mask
+        batch["seen"] = make_mask(batch["first_key"]) if work["packed"] else None
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = loss_function(model, batch, work, remat)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), work["clip_norm"])
         optimizer.step()
@@ -152,11 +182,12 @@ def run(path: str, bf16: bool = False, compiled: bool = False) -> dict[str, Any]
         losses.append(loss.item())
         wall.append(time.perf_counter() - wall_start)
         processor.append(time.process_time() - processor_start)
+    peak = torch.cuda.max_memory_allocated() >> 20 if device == "cuda" else 0
     return {
         "losses": losses,
         "wall_seconds": wall,
         "processor_seconds": processor,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mib": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
@@ -167,5 +198,7 @@ if __name__ == "__main__":
     parser.add_argument("workload")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--remat", action="store_true", help="each layer computed again in the backward pass")
     arguments = parser.parse_args()
-    print(json.dumps(run(arguments.workload, arguments.bf16, arguments.compile)))
+    print(json.dumps(run(arguments.workload, arguments.bf16, arguments.compile, arguments.device, arguments.remat)))

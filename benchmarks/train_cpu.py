@@ -1,16 +1,16 @@
-"""Speed and losses of our training step beside PyTorch's, on this machine's CPU.
+"""Speed, memory and losses of our training step beside PyTorch's and plain Flax's, on this machine's CPU.
 
-    python benchmarks/train_cpu.py [--torch-python PATH] [--presets llama-micro,llama-23m] [--rounds 3]
+    python benchmarks/train_cpu.py [--torch-python PATH] [--models 8m,llama-23m] [--sides jax,torch] [--rounds 2]
     python benchmarks/train_cpu.py --agreement     # 200 AdamW steps, losses within 1e-3; writes the golden file
 
-Owns the order of the runs (ours and PyTorch's in turn, each in a process of its own, so that a noisy
-neighbour meets both), the table and the JSON. README.md beside it says how to read them.
+Owns the order of the runs (the sides in turn, each in a process of its own, so that a noisy neighbour meets
+all), the table and the JSON, which keeps the other models' figures of the same machine and versions. README.md beside
+it says how to read them.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import workload  # noqa: E402
+from benchmarks.machine import machine  # noqa: E402
+from nanollama.models.accounting import count_parameters  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "train_cpu.json"
 GOLDEN = ROOT / "tests" / "golden" / "torch_losses_200.json"
@@ -33,9 +35,11 @@ RATIOS = {  # ours over theirs
     "ratio": ("jax", "torch"),
     "ratio_bf16": ("jax_bf16", "torch_bf16"),
     "ratio_compiled": ("jax", "torch_compiled"),
+    "ratio_flax": ("jax", "flax"),
 }
 WARM_UP = 2  # steps that are not timed: compilation, first touch of memory
-NO_TORCH = """no PyTorch to compare with at {path}. Make it an environment of its own:
+TORCH_HOMES = (".venv-torch", ".venv-parity")  # `make test-parity` has PyTorch, too
+NO_TORCH = """no PyTorch to compare with at {path}. Make it an environment of its own, or name another (--torch-python):
     python -m venv .venv-torch
     .venv-torch/bin/pip install numpy torch"""
 
@@ -63,6 +67,7 @@ def sides(torch_python: Path) -> dict[str, list[str]]:
     """What to run for each side; PyTorch's only where it is."""
     ours = [sys.executable, "-m", "benchmarks.jax_side"]
     commands = {"jax": ours, "jax_bf16": [*ours, "--compute", '{"dtype": "bfloat16"}']}
+    commands["flax"] = [sys.executable, "-m", "benchmarks.flax_side"]
     if torch_python.is_file():
         theirs = [str(torch_python), str(ROOT / "benchmarks" / "torch_twin.py")]
         commands |= {"torch": theirs, "torch_bf16": [*theirs, "--bf16"], "torch_compiled": [*theirs, "--compile"]}
@@ -87,8 +92,8 @@ def summary(runs: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 
 
 def measure(name: str, commands: dict[str, list[str]], rounds: int, packed: bool) -> dict[str, Any]:
-    """Both sides on one preset, in turn, `rounds` times."""
-    work = workload.of_preset(name, steps=WARM_UP + 5, packed=packed)
+    """All sides on one model, in turn, `rounds` times."""
+    work = workload.of_model(name, steps=WARM_UP + 5, packed=packed)
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in commands}
     with saved(work) as path, tempfile.TemporaryDirectory() as cache:
         for number in range(rounds):
@@ -105,11 +110,12 @@ def measure(name: str, commands: dict[str, list[str]], rounds: int, packed: bool
         if ours in result and theirs in result:
             result[name] = ratios(result[ours], result[theirs])
     versions = {key: value for side in runs.values() for key, value in side[0]["versions"].items()}
-    return {"rows": work.rows, "length": work.length, "packed": packed, **result, "versions": versions}
+    sizes = {"parameters": count_parameters(work.model).total, "rows": work.rows, "length": work.length}
+    return {**sizes, "packed": packed, **result, "versions": versions}
 
 
 def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """Ours over PyTorch's. Speeds: above 1 is faster; memory: above 1 is more."""
+    """Ours over theirs. Speeds: above 1 is faster; memory: above 1 is more."""
     return {
         "tokens_per_second": round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3),
         "tokens_per_second_median": round(ours["tokens_per_second_median"] / theirs["tokens_per_second_median"], 3),
@@ -118,20 +124,10 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on, without names of hosts or folders."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    load = [round(value, 2) for value in os.getloadavg()]
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load_average_before": load}
-
-
-def table(presets: dict[str, dict[str, Any]]) -> str:
+def table(models: dict[str, dict[str, Any]]) -> str:
     """The figures for people."""
-    lines = [f"{'preset':<14}{'batch':>9}  {'side':<15}{'tokens/s':>9}{'median':>8}{'cpu s/step':>12}{'MiB':>7}"]
-    for name, result in presets.items():
+    lines = [f"{'model':<14}{'batch':>9}  {'side':<15}{'tokens/s':>9}{'median':>8}{'cpu s/step':>12}{'MiB':>7}"]
+    for name, result in models.items():
         for side, s in result.items():
             if isinstance(s, dict) and "processor_seconds_min" in s:
                 batch = f"{result['rows']} x {result['length']}"
@@ -152,16 +148,19 @@ def table(presets: dict[str, dict[str, Any]]) -> str:
 
 def speed(names: list[str], commands: dict[str, list[str]], rounds: int, packed: bool) -> None:
     here = machine()
-    presets = {name: measure(name, commands, rounds, packed) for name in names}
+    models = {name: measure(name, commands, rounds, packed) for name in names}
     versions: dict[str, str] = {}
-    for result in presets.values():
+    for result in models.values():
         versions |= result.pop("versions")
-    print(table(presets))
+    print(table(models))
     if "torch" not in commands or packed:
         return  # the committed file is the comparison only
     RESULTS.parent.mkdir(exist_ok=True)
-    note = "float32, AdamW with clipping; a ratio is ours over PyTorch eager's, fastest step over fastest step"
-    text = json.dumps({"what": note, "machine": here, "versions": versions, "presets": presets}, indent=2)
+    note = "AdamW, clipping; a ratio is ours over the other side's, fastest step over fastest step; float32 or bf16"
+    before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    same = before.get("versions") == versions and before.get("machine", {}).get("cpu") == here["cpu"]
+    models = {**(before.get("models", {}) if same else {}), **models}
+    text = json.dumps({"what": note, "machine": here, "versions": versions, "models": models}, indent=1)
     RESULTS.write_text(text + "\n")
     print(f"written to {RESULTS.relative_to(ROOT)}")
 
@@ -196,12 +195,18 @@ def agreement(commands: dict[str, list[str]]) -> bool:
     return agree
 
 
+def torch_python() -> Path:
+    """The first of TORCH_HOMES that is there, else where it belongs."""
+    found = [ROOT / home / "bin" / "python" for home in TORCH_HOMES]
+    return next((path for path in found if path.is_file()), found[0])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch-python", type=Path, default=ROOT / ".venv-torch" / "bin" / "python")
-    parser.add_argument("--presets", default="llama-micro,llama-23m")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", default="jax,torch", help="of jax, torch, jax_bf16, torch_bf16, torch_compiled")
+    parser.add_argument("--torch-python", type=Path, default=torch_python(), help="a Python that can import torch")
+    parser.add_argument("--models", default="8m,llama-23m", help="8m, or presets")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sides", default="", help="of jax, torch, jax_bf16, torch_bf16, torch_compiled, flax; or all")
     parser.add_argument("--packed", action="store_true", help="rows of several documents; result not written")
     parser.add_argument("--agreement", action="store_true", help="compare losses instead of speed")
     arguments = parser.parse_args()
@@ -212,11 +217,12 @@ def main() -> int:
             return 2
     if arguments.agreement:
         return 0 if agreement(commands) else 1
-    asked = arguments.sides.split(",")
-    if "jax" not in asked or not set(asked) <= {"jax", "torch", "jax_bf16", "torch_bf16", "torch_compiled"}:
-        parser.error(f"--sides={arguments.sides}: name jax, and any of the others")
+    asked = arguments.sides.split(",") if arguments.sides else list(commands)
+    known = {side for pair in RATIOS.values() for side in pair}
+    if "jax" not in asked or not set(asked) <= known:
+        parser.error(f"--sides={arguments.sides}: name jax, and any of {', '.join(sorted(known - {'jax'}))}")
     chosen = {side: command for side, command in commands.items() if side in asked}
-    speed(arguments.presets.split(","), chosen, arguments.rounds, arguments.packed)
+    speed(arguments.models.split(","), chosen, arguments.rounds, arguments.packed)
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import jax_side, workload
+from benchmarks import flax_side, jax_side, workload
 from nanollama.config import ComputeConfig
 
 pytestmark = pytest.mark.core
@@ -54,6 +54,13 @@ def test_losses_agree_with_pytorch_at_every_step(name: str, steps: int) -> None:
     losses = first_steps(recipe(name), workload.make_batches(recipe(name)), steps)
     check(losses, name)
     assert losses[-1] < losses[0] - 1.5, "it learned: the updates were compared, not only the first forward pass"
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_plain_flax_is_the_same_model(name: str, tmp_path: Path) -> None:
+    """The side that `train_cpu.py` times beside ours: else the ratio would compare two models."""
+    workload.save(tmp_path / "work.npz", recipe(name))
+    check(flax_side.run(str(tmp_path / "work.npz"), steps=20)["losses"], name)
 
 
 def test_a_slip_in_the_optimizer_is_caught() -> None:

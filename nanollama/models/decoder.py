@@ -115,7 +115,10 @@ class Decoder(nn.Module):
         rows_VD = constrain(embedding_VD, "vocab", "activation_embed")
         x_BTD = constrain(rows_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
         rotated = m.head_dim if m.latent is None else m.latent.qk_rope_head_dim
-        cos_BTC, sin_BTC = rope_tables(positions_BT, rotated, m.rope_theta, m.rope_scaling)
+        # Behind a barrier, else XLA computes cosines again in every layer, for every head.
+        cos_BTC, sin_BTC = jax.lax.optimization_barrier(
+            rope_tables(positions_BT, rotated, m.rope_theta, m.rope_scaling)
+        )
         mask = MaskSpec(
             jnp.zeros_like(tokens_BT) if first_key_BT is None else first_key_BT,
             starts_B if cache is None else cache.write_index,

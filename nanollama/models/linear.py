@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from nanollama.config import LoraConfig
 from nanollama.models import lora as loras
+from nanollama.ops import products
 from nanollama.ops.fp8 import fp8_matmul
 
 
@@ -119,4 +120,4 @@ def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
 
 def matmul(module: nn.Module, x_NI: jax.Array, weight_IO: jax.Array) -> jax.Array:
     """x times a weight of the layers, as the module's compute settings want it."""
-    return fp8_matmul(x_NI, weight_IO) if module.compute.fp8 else x_NI @ weight_IO
+    return fp8_matmul(x_NI, weight_IO) if module.compute.fp8 else products.matmul(x_NI, weight_IO)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.ops.moe import MoeSums
+from nanollama.ops.products import product
 
 
 class LossSums(NamedTuple):
@@ -172,7 +173,7 @@ def _chunked_forward(
         logits_gradient = (exp_NV * scale_N1 - jnp.where(onehot_NV, weights_N[:, None], 0.0)).astype(
             head.dtype
         )
-        hidden_gradient = jax.lax.dot_general(logits_gradient, head, (((1,), (1,)), ((), ())))
+        hidden_gradient = product(logits_gradient, head, (((1,), (1,)), ((), ())))
         head_gradient += jax.lax.dot_general(
             hidden_ND, logits_gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )

@@ -1,0 +1,155 @@
+"""The benchmarks of a GPU run where there is none: whole and tiny, with nothing installed but what they may import."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_all, scaling, train_gpu
+from nanollama.config import MeshConfig, ModelConfig
+from nanollama.models.accounting import count_parameters
+from nanollama.parallel.mesh import mesh_sizes
+from nanollama.planning.memory import estimate
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What jax, flax and optax bring with them; nothing else that this project installs is on the machine with the GPU.
+ABSENT = (
+    "orbax", "tensorstore", "grain", "array_record", "sentencepiece", "ml_collections", "clu", "pyarrow", "polars",
+    "tensorboardX", "jinja2", "markupsafe", "torch", "transformers", "sklearn", "pandas",
+)  # fmt: skip
+PROGRAMS = ("ceilings", "attention", "isolation", "train_gpu", "decode", "gpu_all", "flax_side")
+
+BLOCKER = """
+    import importlib, sys
+
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in {absent!r}:
+                raise ModuleNotFoundError(f"{{name}} is not on this machine")
+
+    sys.meta_path.insert(0, Blocker())
+    for program in {programs!r}:
+        importlib.import_module("benchmarks." + program)
+"""
+
+
+def python(code: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_they_import_what_a_gpu_machine_has() -> None:
+    done = python(BLOCKER.format(absent=ABSENT, programs=PROGRAMS))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_blocker_blocks() -> None:
+    done = python(BLOCKER.format(absent=ABSENT, programs=("checkpoint",)))
+    assert "orbax is not on this machine" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    assert gpu_all.main(["--smoke", f"--out={out}"]) == 0
+    return out, json.loads(out.read_text())
+
+
+def test_smoke(smoke: tuple[Path, dict[str, Any]]) -> None:
+    parts = smoke[1]["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == {p.name: "done" for p in gpu_all.smoke_parts()}
+    train = parts["train 1b"]["figures"]
+    assert train["plain"]["finite"] and train["packed"]["finite"]
+    assert train["plain"]["losses"][0] == pytest.approx(5.55, abs=0.1)  # ln 256: fresh weights know nothing
+    assert train["memory"]["compiler_gib"] > 0
+    assert smoke[1]["verdicts"]["isolation"] == {"checked": 2, "leaking": []}
+    assert "refused" in parts["isolation"]["figures"]["backends"]["cudnn, head dim 16"]
+    assert smoke[1]["verdicts"]["train 1b"]["of_matmul_ceiling"] > 0
+
+
+def test_what_is_done_is_not_done_again(
+    smoke: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "gpu.json"
+    parts = {**smoke[1]["parts"], "decode": {"status": "failed", "why": "for the test"}}
+    out.write_text(json.dumps({**smoke[1], "parts": parts}))
+    ran = []
+    monkeypatch.setattr(gpu_all, "run", lambda part, *_: ran.append(part.name) or {"status": "done", "seconds": 0.0})
+    assert gpu_all.main(["--smoke", f"--out={out}"]) == 0
+    assert ran == ["decode"]
+    gpu_all.main(["--smoke", "--fresh", f"--out={out}"])
+    assert ran[1:] == [part.name for part in gpu_all.smoke_parts()]
+
+
+def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = gpu_all.Part("wrong", 60, ("ceilings.py", "--size=no"))
+    slow = gpu_all.Part("slow", 0, ("ceilings.py", "--size=64"))
+    monkeypatch.setattr(gpu_all, "smoke_parts", lambda: [wrong, slow])
+    out = tmp_path / "gpu.json"
+    assert gpu_all.main(["--smoke", f"--out={out}"]) == 1
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["wrong"]["status"] == "failed" and "invalid int value: 'no'" in parts["wrong"]["why"]
+    assert parts["slow"]["status"] == "stopped"
+    assert gpu_all.main(["--smoke", "--budget=1", f"--out={out}"]) == 1
+    assert json.loads(out.read_text())["parts"]["wrong"]["status"] == "left out"
+
+
+def test_twins_are_left_out_without_torch() -> None:
+    left = gpu_all.without_torch(gpu_all.parts())
+    assert [part.name for part in left] == [part.name for part in gpu_all.parts() if "torch" not in part.name]
+    assert not any(gpu_all.TORCH in word for part in left for word in part.command)
+
+
+def test_verdicts() -> None:
+    def training(tokens: int, formula: float) -> dict[str, Any]:
+        each = {"tokens_per_second": tokens, "model_tflops": 300.0, "rows": 8}
+        return {"plain": each, "packed": {**each, "tokens_per_second": 2 * tokens}, "rows": 8,
+                "memory": {"formula_over_measured": formula}}  # fmt: skip
+
+    parts = {
+        "ceilings": {"figures": {"matmul_tflops": 600.0}},
+        "train 1b": {"figures": training(100, 0.89)},
+        "torch 1b": {"figures": training(80, 1.0)},
+        "train 7b": {"figures": training(10, 1.1)},
+    }
+    found = gpu_all.verdicts(parts)
+    assert found["train 1b"] == {
+        "of_matmul_ceiling": 0.5, "packed_over_plain": 2.0, "memory_formula_over_measured": 0.89,
+        "memory_within_promise": False, "plain_over_torch": 1.25, "packed_over_torch": 1.25,
+    }  # fmt: skip
+    assert found["train 7b"]["memory_within_promise"] and "plain_over_torch" not in found["train 7b"]
+
+
+@pytest.mark.parametrize("name", ["125m", "1b", "1b-full", "7b"])
+def test_every_case_has_a_setting_for_an_h200(name: str) -> None:
+    case = train_gpu.cases()[name]
+    needed = []
+    for setting in case.settings:
+        run = train_gpu.config(case, setting, packed=False, dtype="bfloat16")
+        needed.append(estimate(run, mesh_sizes(run.mesh, 1)).total / 2**30)
+    assert needed == sorted(needed, reverse=True)
+    assert min(needed) < train_gpu.ROOM * 0.95 * 139
+
+
+def test_collectives_of_tuples_are_counted() -> None:
+    text = """
+  %all-reduce.1 = (f32[8,4]{1,0}, f32[], /*index=5*/bf16[2]{0}) all-reduce(%a, %b, %c), channel_id=1
+  ROOT %g = f32[16]{0} all-gather(%x), dimensions={0}
+  %u = f32[99]{0} add(%all-gather.3, %y), metadata={op_name="all-gather("}
+"""
+    assert scaling.collectives(text) == {
+        "all-reduce": {"count": 1, "bytes": 8 * 4 * 4 + 4 + 2 * 2},
+        "all-gather": {"count": 1, "bytes": 64},
+    }
+
+
+def test_devices_share_the_work() -> None:
+    model = ModelConfig(128, 32, 64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+    one, two = (scaling.measure(model, MeshConfig(data=count), rows=4, length=16) for count in (1, 2))
+    assert two["flops"] < 0.55 * one["flops"] and one["collectives"] == {}
+    gradients = 4 * count_parameters(model).total
+    assert two["collectives"]["all-reduce"]["bytes"] >= gradients
