@@ -65,9 +65,9 @@ class LanguageFilter(Parameters):
             return found
 
         predicted = asked(self.samples(batch.text, self.glance_characters))
-        unsure = [number for number, (_, score) in enumerate(predicted) if score < self.glance_score]
-        longer = asked(self.samples(batch.text.gather(unsure), self.characters))
-        for number, better in zip(unsure, longer, strict=True):
+        again = [number for number, (_, score) in enumerate(predicted) if score < self.glance_score]
+        longer = asked(self.samples(batch.text.gather(again), self.characters))
+        for number, better in zip(again, longer, strict=True):
             predicted[number] = better
         labels, scores = [label for label, _ in predicted], [score for _, score in predicted]
         measured = pl.DataFrame({"language": pl.Series(labels, dtype=pl.String),
