@@ -57,6 +57,18 @@ def test_the_rows_that_are_read_are_those_of_the_sets(loader: Loader) -> None:
             assert found == {loader.sources.index(f"{name}/{name}")}
 
 
+def test_a_dataset_of_one_document_is_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "play.jsonl").write_bytes(jsonl([" ".join(make_texts(40))]))
+    build_corpus(mixture(tmp_path / "mix.yaml", {"name": "play", "source": str(tmp_path / "play.jsonl")}),
+                 tmp_path / "corpus")
+    make_tokenizer(tmp_path / "tokenizer")
+    made = pack_datasets(tmp_path / "corpus", tmp_path / "tokenizer", tmp_path / "packed", record_length=64)
+    assert {name: split["documents"] for name, split in made["play"]["splits"].items()} == {"train": 1, "validation": 0}
+    data = DataConfig(sets=(PackedSetConfig(str(tmp_path / "packed" / "play")),), tokenizer=str(tmp_path / "tokenizer"),
+                      sequence_length=64)
+    assert Loader(open_mixture(data), seed=0, global_batch=2).batch(0).source_tokens.sum() > 0
+
+
 def test_the_check_catches_shares_of_the_texts_that_are_there() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(AssertionError):
