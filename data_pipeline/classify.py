@@ -44,7 +44,8 @@ class Labelled:
 
 def train(kind: classifier.Kind, inputs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *,
           text_field: str = "text", label_field: str = "label", names: dict[str, str] | None = None,
-          features: Features = FEATURES, penalty: float = 1e-5, test_share: float = 0.2) -> dict[str, Any]:
+          skip_others: bool = False, features: Features = FEATURES, penalty: float = 1e-5,
+          test_share: float = 0.2) -> dict[str, Any]:
     """Train on labelled files and measure on the `test_share` of them that is held out; returns the description.
 
     `names` renames labels of the files. Equal texts are taken once, so that none is on both sides; which side is
@@ -53,7 +54,7 @@ def train(kind: classifier.Kind, inputs: Sequence[str | os.PathLike[str]], outpu
     if not 0 < test_share < 1 or not penalty > 0:
         raise DataError(f"--test-share={test_share}, --penalty={penalty}: give a share between 0 and 1, and a penalty "
                         "above 0.")
-    rows = read_labelled(inputs, kind, text_field, label_field, names or {})
+    rows = read_labelled(inputs, kind, text_field, label_field, names or {}, skip_others)
     held = np.array([hash_fraction(text_digest(text.encode()), 0, "classifier") < test_share for text in rows.texts])
     labels = tuple(label for label in LABELS[kind] if label in set(rows.labels))
     target = np.array([labels.index(label) for label in rows.labels])
@@ -129,28 +130,43 @@ def probabilities(model: Classifier, text: pl.Series) -> np.ndarray:
 
 
 def read_labelled(paths: Sequence[str | os.PathLike[str]], kind: classifier.Kind, text_field: str, label_field: str,
-                  names: dict[str, str]) -> Labelled:
-    """The labelled rows of JSONL files, each text once. Errors: DataError names file and line."""
+                  names: dict[str, str], skip_others: bool = False) -> Labelled:
+    """The labelled rows of JSONL files, each text once. Errors: DataError names file and line.
+
+    A field may be a path of names, `metadata.topic`. `skip_others` leaves out rows whose label is none of `kind`.
+    """
     found: dict[str, str] = {}
     for path in paths:
         for place, row in read_rows(path):
-            for field in (text_field, label_field):
-                if field not in row:
-                    raise DataError(f"{place}: no field {field!r}. {nearest(field, list(row))}")
+            text, label = (_field(row, field, place) for field in (text_field, label_field))
             try:
-                encode_text(row[text_field])
+                encode_text(text)
             except BadText as error:
                 raise DataError(f"{place}: {error}. Remove the row.") from error
-            label = names.get(str(row[label_field]), str(row[label_field]))
+            label = names.get(str(label), str(label))
             if label not in LABELS[kind]:
+                if skip_others:
+                    continue
                 raise DataError(f"{place}: {label!r} is no label of {kind}. {nearest(label, LABELS[kind])} Labels of "
-                                f"another name are renamed with --name={label}=ONE_OF_THEM.")
-            before = found.setdefault(row[text_field], label)
+                                f"another name are renamed with --name={label}=ONE_OF_THEM, or their rows left "
+                                "out with --skip-others.")
+            before = found.setdefault(text, label)
             if before != label:
                 raise DataError(f"{place}: a text that was {before!r} before is {label!r} here. Remove one of them.")
     if not found:
         raise DataError(f"no labelled rows in {', '.join(map(str, paths))}.")
     return Labelled(list(found), list(found.values()))
+
+
+def _field(row: dict[str, Any], field: str, place: str) -> Any:
+    """What is at the path `field`. Errors: DataError names the nearest field."""
+    value: Any = row
+    for name in [field] if field in row else field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise DataError(f"{place}: no field {field!r}. "
+                            f"{nearest(name, list(value)) if isinstance(value, dict) else ''}".strip())
+        value = value[name]
+    return value
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -199,8 +215,9 @@ def _main() -> None:
     parser.add_argument("--input", action="append", required=True, help="JSONL file, .gz or .zst; may be given again")
     parser.add_argument("--output", help="train: directory of the model; predict: JSONL file")
     parser.add_argument("--model", help="evaluate, predict: directory of a model")
-    parser.add_argument("--text-field", default="text")
+    parser.add_argument("--text-field", default="text", help="name, or path of names such as meta.text")
     parser.add_argument("--label-field", default="label")
+    parser.add_argument("--skip-others", action="store_true", help="leave out rows with a label of another name")
     parser.add_argument("--name", action="append", default=[], metavar="OLD=NEW", help="rename a label of the file")
     parser.add_argument("--penalty", type=float, default=1e-5, help="train: of the squared weights")
     parser.add_argument("--test-share", type=float, default=0.2, help="train: share held out to measure on")
@@ -210,7 +227,8 @@ def _main() -> None:
         if getattr(arguments, option) is None:
             parser.error(f"{arguments.action} needs --{option}")
     names = dict(item.partition("=")[::2] for item in arguments.name)
-    fields = {"text_field": arguments.text_field, "label_field": arguments.label_field}
+    fields: dict[str, Any] = {"text_field": arguments.text_field, "label_field": arguments.label_field,
+              "skip_others": arguments.skip_others}
     start = time.monotonic()
     if arguments.action == "train":
         made = train(arguments.kind, arguments.input, arguments.output, names=names, penalty=arguments.penalty,
@@ -224,7 +242,7 @@ def _main() -> None:
                         "python -m data_pipeline.classify train")
     model = classifier.load(Path(arguments.model))
     if arguments.action == "evaluate":
-        rows = read_labelled(arguments.input, model.kind, arguments.text_field, arguments.label_field, names)
+        rows = read_labelled(arguments.input, model.kind, names=names, **fields)
         strangers = set(rows.labels) - set(model.labels)
         if strangers:
             raise DataError(f"the model was not trained for {', '.join(sorted(strangers))}, which the files have.")

@@ -22,12 +22,14 @@ from data_pipeline import cards, corpus_format
 from data_pipeline.account import Counts
 from data_pipeline.config import MixtureConfig, load_mixture
 from data_pipeline.corpus_run import Plan, Run
+from data_pipeline.mixture import plan_of
 from data_pipeline.progress import Progress
 from data_pipeline.sampling import sample
 from data_pipeline.stage import command, disk_full_explained, finished
 from data_pipeline.workers import ENGINES, open_executor
-from nanollama.data.files import DataError, Lock
+from nanollama.data.files import DataError, Lock, write_json
 
+PLAN = "plan.json"  # of the mixture, written before anything is read
 STEPS = ("download", "curate", "select", "sample", "full")
 SMALL_BYTES = 50_000_000  # below, starting worker processes takes longer than they save
 
@@ -65,6 +67,7 @@ def build_corpus(config: str | os.PathLike[str],
             if done is not None:
                 print(f"{output}: up to date, nothing to do", file=sys.stderr)
                 return done
+        write_json(output / PLAN, plan_of(mixture, Path(config).name))
         return _build(plan, output, step, workers, engine)
 
 

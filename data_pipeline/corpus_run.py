@@ -18,7 +18,7 @@ from typing import Any
 from data_pipeline import account, cards, corpus_format, whole
 from data_pipeline.account import Counts
 from data_pipeline.config import DatasetConfig, MixtureConfig, format_of, mixture_mapping
-from data_pipeline.curate import filter_plans, filter_task, judge_shard
+from data_pipeline.curate import FilterTask, filter_plans, filter_task, judge_shard
 from data_pipeline.download import ReadResult, ReadTask, read_part, read_so_far, read_task, reads_head, shards_of
 from data_pipeline.materialise import DropsTask, OutputTask, plan_outputs, write_drops, write_output
 from data_pipeline.progress import Progress
@@ -155,8 +155,11 @@ class Run:
     def _filter(self, shards: list[Shard]) -> list[Shard]:
         made = [filter_task(shard, self.plan.filters[shard.dataset], self.decisions, self.cache / "texts")
                 for shard in shards]
-        tasks = [task for task, _ in made if task.plans]
-        for _, _ in self._shown_run("filtering", judge_shard, tasks, [task.shard.rows for task in tasks]):
+        filtering = [task for task, _ in made if task.plans]
+        # what steps prepare takes one process some seconds: while the others filter, nobody waits for it
+        tasks = [*whole.prepare_tasks(self.plan.steps, self.cache), *filtering]
+        sizes = [0] * (len(tasks) - len(filtering)) + [task.shard.rows for task in filtering]
+        for _, _ in self._shown_run("filtering", _prepare_or_judge, tasks, sizes):
             pass
         return [after for _, after in made]
 
@@ -243,7 +246,7 @@ class Run:
         manifest["dropped"] = {"path": corpus_format.DROPPED, "sha256": sha256_file(dropped)}
         write_json(self.output / INDEX, self._index(shards))
         manifest["decisions"] = {"path": INDEX, "sha256": sha256_file(self.output / INDEX)}
-        manifest["steps"] = [plan.account() for plan in self.plan.steps]
+        manifest["steps"] = [plan.account(self.cache) for plan in self.plan.steps]
         write_atomic(self.output / corpus_format.CARD, cards.corpus_card(manifest))
         self._tidy(shards)
         write_json(self.output / corpus_format.MANIFEST, manifest)
@@ -273,6 +276,8 @@ class Run:
         kept |= {Path(self._rows_path(shard)) for shard in shards}
         kept |= {Path(sidecar.texts) for sidecar in sidecars if sidecar.texts}
         kept |= {Path(shard.path).with_suffix(suffix) for shard in shards for suffix in (".parquet", ".json")}
+        for plan in self.plan.steps:
+            kept |= set(plan.prepared(self.cache).rglob("*"))
         for root in (self.decisions, self.cache):
             for path in sorted(root.rglob("*"), reverse=True):
                 if path.is_dir():
@@ -289,6 +294,13 @@ class Run:
             done += sizes[number]
             self.progress.update(label, done / max(1, sum(sizes)), f"{done:,} of {sum(sizes):,}")
             yield number, result
+
+
+def _prepare_or_judge(task: whole.PrepareTask | FilterTask) -> None:
+    if isinstance(task, whole.PrepareTask):
+        whole.prepare(task)
+    else:
+        judge_shard(task)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,9 @@ class CorpusStep(Protocol):
 
     `features` runs per shard, in any process and order. `resolve` runs once, after all of them, with the shards
     in the corpus's order; its result depends on that order and on nothing of how `features` was run. It keeps
-    what grows with the corpus in files under `work`. A step may have `summary()`: facts for the manifest, as JSON.
+    what grows with the corpus in files under `work`. A step may have `summary()`: facts for the manifest, as JSON. It
+    may have `prepare(directory)`: what `features` needs beside the batch, made in `directory` unless it is there, and
+    opened; called before the first `features` in every process.
     """
 
     version: ClassVar[int]  # raised when the same input would be judged otherwise

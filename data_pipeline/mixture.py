@@ -43,10 +43,14 @@ JUDGED_AT_ONCE = 256  # documents
 
 def compile_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The plan of the mixture file at `path`, as plain JSON with its own hash. Raises MixtureError."""
-    mixture = load_mixture(path)
+    return plan_of(load_mixture(path), Path(path).name)
+
+
+def plan_of(mixture: MixtureConfig, file: str) -> dict[str, Any]:
+    """The plan of `mixture`, which the file named `file` holds."""
     plan: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION, "kind": "mixture plan",
-        "mixture": {"file": Path(path).name, "sha256": sha256_json(mixture_mapping(mixture))},
+        "mixture": {"file": file, "sha256": sha256_json(mixture_mapping(mixture))},
         "metadata": to_mapping(mixture.metadata), "validation": to_mapping(mixture.validation),
         "datasets": [_dataset_plan(dataset, mixture) for dataset in mixture.datasets],
         "steps": [{"section": section, **to_mapping(step)}

@@ -69,8 +69,8 @@ def load_documents(tasks: list[ShardTask], validation_fraction: float) -> Docume
     """The documents of all shards, each with its split.
 
     Held out are the documents whose place is below the fraction; in a corpus so small that there is none, the
-    lowest. A text equal to a derived one follows the first of those: equal texts are in one split, and derived
-    texts are where their origin is.
+    lowest, but for a corpus of one document, which is trained on. A text equal to a derived one follows the first of
+    those: equal texts are in one split, and derived texts are where their origin is.
     """
     names = ("tokens", "source", "place", "bytes", "characters")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -94,7 +94,7 @@ def load_documents(tasks: list[ShardTask], validation_fraction: float) -> Docume
             f"{count} documents, a packed set holds at most {(1 << 32) - 1}. Pack the corpus in parts.")
     whole = {name: np.concatenate(columns[name]) for name in names}
     validation = whole["place"] < validation_fraction
-    if validation_fraction > 0 and not validation.any():
+    if validation_fraction > 0 and not validation.any() and count > 1:
         validation = whole["place"] == whole["place"].min()
     return Documents(
         tokens=whole["tokens"], sources=whole["source"], validation=validation, bytes=whole["bytes"],

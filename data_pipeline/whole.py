@@ -54,9 +54,13 @@ class StepPlan:
     key: str
     resources: dict[str, str]
 
-    def account(self) -> dict[str, Any]:
+    def prepared(self, cache: Path) -> Path:
+        """Where the step's `prepare` keeps what it makes."""
+        return cache / "prepared" / self.key[:32]
+
+    def account(self, cache: Path) -> dict[str, Any]:
         """For the manifest: what was asked for, with which resources, and what the step itself tells of them."""
-        step = _made(self.section, self.mapping)
+        step = _ready(self.section, self.mapping, self.prepared(cache))
         told = {"summary": step.summary()} if hasattr(step, "summary") else {}
         return {"section": self.section, **to_mapping(step), "resources": self.resources, **told}
 
@@ -79,6 +83,40 @@ def _made(section: str, mapping: str) -> CorpusStep:
     return step
 
 
+@functools.lru_cache(maxsize=64)
+def _ready(section: str, mapping: str, prepared: Path) -> CorpusStep:
+    """The step after its `prepare`, once per process."""
+    step = _made(section, mapping)
+    if hasattr(step, "prepare"):
+        step.prepare(prepared)
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareTask:
+    """What a step makes once, before the first shard reaches it."""
+
+    plan: StepPlan
+    directory: Path
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.plan.type}: preparing"
+
+
+def prepare_tasks(plans: Sequence[StepPlan], cache: Path) -> list[PrepareTask]:
+    """One for each step that prepares something that is not there yet."""
+    tasks = [PrepareTask(plan, plan.prepared(cache)) for plan in plans
+             if hasattr(_made(plan.section, plan.mapping), "prepare")]
+    return [task for task in tasks if not task.directory.exists()]
+
+
+def prepare(task: PrepareTask) -> None:
+    """Do it."""
+    _ready(task.plan.section, task.plan.mapping, task.directory)
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureTask:
     """One shard's part of a step."""
@@ -87,6 +125,7 @@ class FeatureTask:
     plan: StepPlan
     priority: int
     path: str  # of the features; the document table is beside it
+    prepared: Path
 
     @property
     def documents(self) -> str:
@@ -108,7 +147,7 @@ def run_step(plan: StepPlan, shards: Sequence[Shard], datasets: Sequence[Dataset
         return after
     priorities = {dataset.name: number for number, dataset in enumerate(datasets)}
     tasks = [FeatureTask(shard, plan, priorities[shard.dataset],
-                         str(cache / "features" / key[:32] / f"{number:06d}.parquet"))
+                         str(cache / "features" / key[:32] / f"{number:06d}.parquet"), plan.prepared(cache))
              for number, shard in enumerate(shards)]
     for number, _ in executor.run(make_features, tasks):
         if report is not None:
@@ -149,7 +188,7 @@ def make_features(task: FeatureTask) -> None:
     path, documents = Path(task.path), Path(task.documents)
     if path.exists() and documents.exists():
         return
-    step = _made(task.plan.section, task.plan.mapping)
+    step = _ready(task.plan.section, task.plan.mapping, task.prepared)
     tables, ids, dates, first = [], [], [], 0
     for piece in read_slices(task.shard, ("id", "text", "meta", "date", ATTRIBUTES)):
         batch = piece.batch(task.shard.dataset)

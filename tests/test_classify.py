@@ -146,6 +146,22 @@ def test_toxicity_and_its_inverse(tmp_path):
     assert all_of_them.reasons.null_count() == 0
 
 
+def test_labels_inside_a_field_and_of_other_names(tmp_path):
+    """Rows with topics that no label stands for are left out when one says so, and refused when not."""
+    rows = [(text, label) for text, label in topical(3, 300)]
+    path = tmp_path / "nested.jsonl"
+    path.write_text("".join(json.dumps({"doc": {"text": text}, "metadata": {"topics": "money" if label == "finance" else
+                                                                            "sports,health" if label == "health" else
+                                                                            label}}) + "\n" for text, label in rows))
+    fields = {"text_field": "doc.text", "label_field": "metadata.topics", "names": {"money": "finance"}}
+    made = classify.train("domain", [path], tmp_path / "model", skip_others=True, **fields)
+    assert made["texts"] == {label: sum(one == label for _, one in rows) for label in ("sports", "finance", "science")}
+    with pytest.raises(DataError, match=r"'sports,health' is no label of domain.*--skip-others"):
+        classify.train("domain", [path], tmp_path / "model", **fields)
+    with pytest.raises(DataError, match=r"nested.jsonl:1: no field 'metadata.topic'. .*topics"):
+        classify.train("domain", [path], tmp_path / "model", label_field="metadata.topic", text_field="doc.text")
+
+
 def test_training_again_gives_the_same_model_without_pickle(domain, tmp_path):
     directory, made = domain
     again = classify.train("domain", [directory.parent / "a.jsonl"], tmp_path / "model")

@@ -21,6 +21,7 @@ from data_pipeline import corpus_format, curate, download, filters, whole
 from data_pipeline.corpus import build_corpus
 from data_pipeline.documents import text_digest
 from data_pipeline.filters.base import Batch, Judgement, Parameters, keep_all
+from data_pipeline.mixture import compile_plan
 from data_pipeline.sources.files import FileReader
 from nanollama.data.files import DataError
 
@@ -77,6 +78,7 @@ def test_one_step_at_a_time_and_nothing_twice(tmp_path: Path, monkeypatch: pytes
         told = build_corpus(config, tmp_path / "steps", step=step)
         done.append((step, sorted(set(calls))))
         assert (tmp_path / "steps" / "manifest.json").exists() == (step == "full")
+        assert json.loads((tmp_path / "steps" / "plan.json").read_text()) == compile_plan(config)
         assert told["datasets"][0]["rows_in"] == 301
     assert done == [("download", ["read"]), ("curate", ["exact", "length"]), ("select", []), ("sample", []),
                     ("full", [])]

@@ -66,7 +66,7 @@ def found(index, texts):
     """For every document, the items found in it."""
     rows = [set() for _ in texts]
     for hit in index.search(word_hashes(pl.Series(texts))):
-        rows[hit.row].add((hit.kind, int(index.items[hit.text][0].id.partition("/")[2])))
+        rows[hit.row].add((hit.kind, int(index.items[hit.text][0][0].partition("/")[2])))
     return rows
 
 
@@ -194,8 +194,36 @@ def test_equal_items_are_all_named():
     text = " ".join(WORDS[:20])
     built = Index([Item("a/1", "q", text), Item("b/7", "p", text.upper()), Item("b/8", "p", "too short")], 13, 6, 0.8)
     (hit,) = built.search(word_hashes(pl.Series([text])))
-    assert [item.id for item in built.items[hit.text]] == ["a/1", "b/7"]
-    assert [item.id for item in built.too_short] == ["b/8"]
+    assert built.items[hit.text] == [("a/1", "q"), ("b/7", "p")]
+    assert built.too_short[0] == [("b/8", "p")]
+    assert built.items.per_set() == {"a": 1, "b": 1} and built.too_short.per_set() == {"b": 1}
+
+
+def test_an_index_from_files_finds_the_same(tmp_path, items):
+    texts = [Item(f"set/{number}", "question", " ".join(words)) for number, words in enumerate(items)]
+    made = Index([*texts, Item("set/x", "q", "short")], 13, 6, 0.8)
+    for _ in range(2):  # the second writer leaves the first one's files
+        made.save(tmp_path / "index")
+    opened = Index.load(tmp_path / "index", 13, 6, 0.8)
+    dice = random.Random(4)
+    documents = pl.Series([planted(dice, changed(dice, words, {len(words) // 2})) for words in items[:40]])
+    hits = list(made.search(word_hashes(documents)))
+    assert list(opened.search(word_hashes(documents))) == hits and len({hit.kind for hit in hits}) == 2
+    assert [opened.items[n] for n in range(len(opened))] == [made.items[n] for n in range(len(made))]
+    assert opened.too_short[0] == [("set/x", "q")]
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_a_prepared_step_reads_no_evaluation_set_again(tmp_path):
+    path = make_list(tmp_path, {"quiz": [{"question": " ".join(WORDS[:20])}]})
+    step, docs = Decontamination(benchmarks=path, seed=5), [[Doc("a", " ".join(WORDS[:20])), Doc("b", "other words")]]
+    step.prepare(tmp_path / "index")
+    before = step.summary()
+    for file in tmp_path.glob("quiz*"):
+        file.write_text("[]")
+    step.prepare(tmp_path / "index")
+    assert [row["reason"] for row in run_step(step, docs)] == ["contaminated by quiz", None]
+    assert step.summary()["sets"]["quiz"]["texts"] == before["sets"]["quiz"]["texts"] == 1
 
 
 # the step

@@ -49,12 +49,24 @@ def test_reasons():
 
 
 def test_head_and_middle_are_looked_at():
-    item = language.LanguageFilter(characters=20)
+    samples = language.LanguageFilter.samples
     text = "0123456789" * 3
-    assert item.samples(pl.Series([text + "abcdefghij" * 3])) == ["0123456789 abcdefghij"]
-    assert item.samples(pl.Series(["0123abc", "012345678\nabcde", "123"])) == ["0123abc ", "012345678 abcde", ""]
+    assert samples(pl.Series([text + "abcdefghij" * 3]), 20) == ["0123456789 abcdefghij"]
+    assert samples(pl.Series(["0123abc", "012345678\nabcde", "123"]), 20) == ["0123abc ", "012345678 abcde", ""]
     mostly_german = "Menu | Home | Search | Login\n" * 3 + SENTENCES["de"] * 40
     assert judged([mostly_german]).scores["language"][0] == "de"
+
+
+def test_a_glance_is_enough_where_it_is_sure():
+    french_tail = [(SENTENCES["en"] + " ") * 2 + (SENTENCES["fr"] + " ") * 30]
+    sure = judged(french_tail, glance_characters=20, glance_score=0.1)  # "The river ..." and some French
+    all_of_it = judged(french_tail)
+    assert all_of_it.scores["language"].to_list() == ["fr"]
+    assert sure.scores["language_score"][0] != all_of_it.scores["language_score"][0]
+    for score in (0.99, 1.1):  # where the glance is not sure, the answer is that of the whole sample
+        unsure = judged(french_tail, glance_score=score)
+        assert unsure.scores["language_score"].to_list() == judged(
+            french_tail, glance_characters=2000).scores["language_score"].to_list()
 
 
 def test_ugly_texts_have_a_language_or_none():

@@ -1,5 +1,6 @@
 """Words and n-grams as hashes, against their definition in plain Python."""
 
+import itertools
 import random
 import sys
 import unicodedata
@@ -118,3 +119,9 @@ def test_a_batch_hashes_its_words_once():
     assert batch.words is batch.words
     assert batch.words.offsets.tolist() == [0, 2, 3]
     assert batch.with_text(pl.Series(["a", ""])).words.offsets.tolist() == [0, 1, 1]
+
+
+def test_no_letter_is_outside_the_blocks_that_are_looked_at():
+    """Of all code points, those of a word lie where the table looks (a new Unicode version could change that)."""
+    outside = itertools.chain(range(0x35000, 0xE0000), range(0xE1000, 0x110000))
+    assert not any(words._is_word(chr(code)) for code in outside)

@@ -11,7 +11,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data_pipeline.variables import expand_variables
 from data_pipeline.yaml_lines import YamlError, line_of, load_with_lines
@@ -41,8 +41,7 @@ class _List:
     sets: tuple[EvaluationSet, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One text of one item."""
 
     id: str  # set/number
@@ -112,12 +111,13 @@ def find(one: EvaluationSet) -> Found:
 def read_items(found: Found) -> Iterator[Item]:
     """Every text of every item. Errors: DataError on what is not JSON, and on a field that no item has."""
     seen = dict.fromkeys(found.set.fields, 0)
+    paths = [(field, field.split(".")) for field in found.set.fields]
     number = 0
     for file in found.files:
         for value in _values(file):
             for item in _walk(value, found.set.items.split(".")) if found.set.items else [value]:
-                for field in found.set.fields:
-                    texts = [str(part) for part in _walk(item, field.split(".")) if isinstance(part, (str, int, float))]
+                for field, names in paths:
+                    texts = [str(part) for part in _walk(item, names) if isinstance(part, (str, int, float))]
                     if texts:
                         seen[field] += 1
                         yield Item(f"{found.set.name}/{number}", field, "\n".join(texts))
@@ -151,12 +151,16 @@ def _values(path: str) -> Iterator[Any]:
                 raise DataError(f"{path}:{number}: not JSON ({error}).") from error
 
 
-def _walk(value: Any, names: list[str]) -> Iterator[Any]:
+def _walk(value: Any, names: list[str]) -> list[Any]:
     """What the path leads to, through lists."""
-    if isinstance(value, list):
-        for element in value:
-            yield from _walk(element, names)
-    elif not names:
-        yield value
-    elif isinstance(value, dict) and names[0] in value:
-        yield from _walk(value[names[0]], names[1:])
+    found = _flat([value])
+    for name in names:
+        found = _flat([one[name] for one in found if isinstance(one, dict) and name in one])
+    return found
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    """The elements of `values`, those of lists among them in their place."""
+    if not any(isinstance(one, list) for one in values):
+        return values
+    return [inner for one in values for inner in (_flat(one) if isinstance(one, list) else [one])]

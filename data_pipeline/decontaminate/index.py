@@ -8,22 +8,30 @@ Why two: one changed word in the middle of an item of 25 words leaves no 13 word
 changing one word in twenty (rounded up) of an item of 13 words or more, and then the window decides, so that six common
 words alone condemn nothing. Whole documents are never compared: a question inside a book is not like the book.
 
-Knows words and hashes only, no files.
+Knows words, hashes and the index's own files, no documents' and no evaluation sets'.
 """
 
+import collections
 import dataclasses
 import functools
+import os
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_pipeline.decontaminate.evaluation_sets import Item
 from data_pipeline.text.words import Hashes, Positions, WordHashes, word_hashes
 
 SHOWN_WORDS = 40  # of a shared run of words
 _LISTED = 100  # places followed per n-gram: a seed in more of them is a template's and is left out
+GRAMS = ("keys", "bounds", "text", "place", "table")  # arrays of `Grams`
+_ITEMS = pa.schema([("items", pa.list_(pa.struct([("id", pa.string()), ("field", pa.string())])))])
 _ANCHORS = 8  # windows compared per document and item
 
 
@@ -45,13 +53,26 @@ class Grams:
 
     def __init__(self, hashes: Hashes, text: npt.NDArray[np.int32], place: npt.NDArray[np.int32]):
         order = np.argsort(hashes, kind="stable")
-        self.keys, self.first = np.unique(hashes[order], return_index=True)
-        self.last = np.append(self.first[1:], len(order))
-        self.text, self.place = text[order], place[order]
-        self._shift = np.uint64(64 - max(16, int(32 * max(len(self.keys), 1)).bit_length()))
-        bits = self.keys >> self._shift
-        self._table = np.zeros(1 << (64 - int(self._shift) - 3), dtype=np.uint8)
-        np.bitwise_or.at(self._table, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
+        keys, first = np.unique(hashes[order], return_index=True)
+        shift = _shift(len(keys))
+        bits = keys >> shift
+        table = np.zeros(1 << (64 - int(shift) - 3), dtype=np.uint8)
+        np.bitwise_or.at(table, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
+        self._hold({"keys": keys, "bounds": np.append(first, len(order)).astype(np.int32), "text": text[order],
+                    "place": place[order], "table": table})
+
+    def _hold(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+        self.keys, self.text, self.place, self._table = (arrays[name] for name in ("keys", "text", "place", "table"))
+        self.first, self.last = arrays["bounds"][:-1], arrays["bounds"][1:]  # of each key's places
+        self._shift = _shift(len(self.keys))
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray]) -> "Grams":
+        """Those whose `arrays` these are."""
+        made = cls.__new__(cls)
+        made._hold(arrays)
+        return made
 
     def find(self, hashes: Hashes) -> tuple[Positions, Positions]:
         """(positions in `hashes` that are in the index, the key each has there)."""
@@ -82,8 +103,39 @@ class Grams:
         return np.repeat(at, count), self.text[entry].astype(np.int64), self.place[entry].astype(np.int64)
 
 
+def _shift(keys: int) -> np.uint64:
+    """How far a hash is shifted to be a place in the bit table: 32 bits a key, so that few are set."""
+    return np.uint64(64 - max(16, int(32 * max(keys, 1)).bit_length()))
+
+
+class Items:
+    """For each text the (id, field) of the items that have it, in a table that may lie in a file."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+
+    @classmethod
+    def of(cls, owners: list[list[tuple[str, str]]]) -> "Items":
+        """From lists."""
+        return cls(pa.table({"items": [[{"id": id, "field": field} for id, field in own] for own in owners]}, _ITEMS))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, text: int) -> list[tuple[str, str]]:
+        return [(item["id"], item["field"]) for item in self.table["items"][text].as_py()]
+
+    def per_set(self) -> dict[str, int]:
+        """How many items of each set there are."""
+        ids = pc.list_flatten(self.table["items"]).combine_chunks().field("id")
+        return dict(collections.Counter(id.partition("/")[0] for id in ids.to_pylist()))
+
+
 class Index:
-    """All texts of the evaluation sets that have `ngram` words or more."""
+    """All texts of the evaluation sets that have `ngram` words or more.
+
+    `items[t]` are the items that have text t, `too_short` those that are not looked for, both as (id, field).
+    """
 
     def __init__(self, items: Sequence[Item], ngram: int, seed: int, threshold: float):
         self.ngram, self.seed, self.threshold = ngram, min(seed, ngram), threshold
@@ -91,38 +143,69 @@ class Index:
         made = word_hashes(texts)
         lengths = np.diff(made.offsets)
         whole = dict[bytes, int]()  # equal texts of several items are one text
-        self.items: list[list[Item]] = []
+        owners: list[list[tuple[str, str]]] = []
         parts: list[Hashes] = []
-        self.too_short: list[Item] = []
+        too_short: list[tuple[str, str]] = []
         for number, item in enumerate(items):
             if lengths[number] < ngram:
-                self.too_short.append(item)
+                too_short.append((item.id, item.field))
                 continue
             words = made.document(number)
             key = whole.setdefault(words.tobytes(), len(parts))
             if key == len(parts):
                 parts.append(words)
-                self.items.append([])
-            self.items[key].append(item)
+                owners.append([])
+            owners[key].append((item.id, item.field))
+        self.items, self.too_short = Items.of(owners), Items.of([too_short])
         self.offsets = np.append(0, np.cumsum([len(part) for part in parts])).astype(np.int64)
         self.words = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
-        nothing = np.zeros(0, np.int64)
-        self._bag = WordHashes(self.offsets, self.words, np.zeros(0, np.uint8), nothing, nothing)
 
     def __len__(self) -> int:
         return len(self.items)
 
     @functools.cached_property
     def _exact(self) -> Grams:
-        return _grams(self._bag, self.ngram)
+        return _grams(self.offsets, self.words, self.ngram)
 
     @functools.cached_property
     def _seeds(self) -> Grams:
-        return _grams(self._bag, self.seed)
+        return _grams(self.offsets, self.words, self.seed)
 
     @functools.cached_property
     def _templates(self) -> Positions:
         return self._seeds.template_grams(len(self.items))
+
+    def save(self, directory: Path) -> None:
+        """Write it to files that `load` opens: `directory` is there only when all of them are."""
+        temporary = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
+        arrays = {"words": self.words, "offsets": self.offsets}
+        for name, grams in (("exact", self._exact), ("seeds", self._seeds)):
+            arrays |= {f"{name}-{part}": array for part, array in grams.arrays.items()}
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+        for name, items in (("items", self.items), ("too_short", self.too_short)):
+            with pa.OSFile(str(temporary / f"{name}.arrow"), "wb") as file, pa.ipc.new_file(file, _ITEMS) as writer:
+                writer.write_table(items.table)
+        try:
+            os.rename(temporary, directory)
+        except OSError:  # another process was faster
+            shutil.rmtree(temporary)
+
+    @classmethod
+    def load(cls, directory: Path, ngram: int, seed: int, threshold: float) -> "Index":
+        """The index that `save` wrote, in memory that all processes of a machine share."""
+        def array(name: str) -> np.ndarray:
+            return np.asarray(np.load(directory / f"{name}.npy", mmap_mode="r"))
+
+        made = cls.__new__(cls)
+        made.ngram, made.seed, made.threshold = ngram, min(seed, ngram), threshold
+        made.words, made.offsets = array("words"), array("offsets")
+        files = [pa.memory_map(str(directory / f"{name}.arrow")) for name in ("items", "too_short")]
+        made.items, made.too_short = (Items(pa.ipc.open_file(file).read_all()) for file in files)
+        made._exact, made._seeds = (Grams.of({part: array(f"{name}-{part}") for part in GRAMS})
+                                    for name in ("exact", "seeds"))
+        return made
 
     def search(self, words: WordHashes) -> Iterator[Hit]:
         """Every hit in the documents of `words`, document by document, exact ones first."""
@@ -187,8 +270,9 @@ def bag_jaccard(one: Hashes, other: Hashes) -> float:
     return float(np.minimum(ours, theirs).sum() / max(np.maximum(ours, theirs).sum(), 1))
 
 
-def _grams(bag: WordHashes, size: int) -> Grams:
-    offsets, hashes = bag.ngrams(size)
+def _grams(offsets: Positions, words: Hashes, size: int) -> Grams:
+    nothing = np.zeros(0, np.int64)
+    offsets, hashes = WordHashes(offsets, words, np.zeros(0, np.uint8), nothing, nothing).ngrams(size)
     counts = np.diff(offsets)
     text = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return Grams(hashes, text, (np.arange(len(hashes)) - np.repeat(offsets[:-1], counts)).astype(np.int32))

@@ -1,7 +1,7 @@
 """The whole-corpus step: documents that hold an evaluation item or a canary string are dropped, every hit listed.
 
-Owns what is a reason to drop, and the account of which sets were really there. The index is made once per process
-from files on this machine, and is the same in every process.
+Owns what is a reason to drop, and the account of which sets were really there. The index is made once, in files that
+every process opens; without them each process makes the same.
 """
 
 import dataclasses
@@ -54,6 +54,14 @@ class Decontamination:
         if not 0 < self.threshold <= 1:
             raise FieldError(f"{where}.threshold", f"{self.threshold} is not in (0, 1]", "Try 0.8.")
 
+    def prepare(self, directory: Path) -> None:
+        """The index, made once in `directory` or opened there, for this process."""
+        found = self._there()
+        if not directory.exists():
+            _built(found, self.ngram, self.seed, self.threshold).save(directory)
+        _opened[found, self.ngram, self.seed, self.threshold] = Index.load(directory, self.ngram, self.seed,
+                                                                          self.threshold)
+
     def features(self, batch: "Batch") -> pa.Table:
         """One row per hit: row and the hit. Errors: DataError when a set is missing and `missing` is stop."""
         index = self._index()
@@ -66,8 +74,8 @@ class Decontamination:
         for hit in index.search(batch.words):
             items = index.items[hit.text]
             rows.append(hit.row)
-            hits.append({"kind": hit.kind, "set": items[0].id.partition("/")[0],
-                         "items": [item.id for item in items[:_LISTED_ITEMS]], "field": items[0].field,
+            hits.append({"kind": hit.kind, "set": items[0][0].partition("/")[0],
+                         "items": [id for id, _ in items[:_LISTED_ITEMS]], "field": items[0][1],
                          "position": hit.position, "words": hit.words, "jaccard": hit.jaccard, "text": hit.shown})
         table = pa.table({"row": pa.array(rows, pa.int32()), "hit": pa.array(hits, _HIT)})
         return table.take(pa.array(sorted(range(len(rows)), key=rows.__getitem__), pa.int64()))
@@ -93,16 +101,11 @@ class Decontamination:
     def summary(self) -> dict[str, Any]:
         """For manifest and report: each set's state, its texts, and how many were too short to be looked for."""
         index, result = self._index(), {}
-        counts = {found.set.name: [0, 0] for found in self._found()}
-        for items in index.items:
-            for item in items:
-                counts[item.id.partition("/")[0]][0] += 1
-        for item in index.too_short:
-            counts[item.id.partition("/")[0]][1] += 1
+        texts, too_short = index.items.per_set(), index.too_short.per_set()
         for found in self._found():
             name = found.set.name
             result[name] = ({"status": "missing", "reason": found.reason} if found.status == "missing" else
-                            {"status": "used", "texts": counts[name][0], "too_short": counts[name][1],
+                            {"status": "used", "texts": texts.get(name, 0), "too_short": too_short.get(name, 0),
                              "sha256": found.sha256})
         return {"ngram": self.ngram, "threshold": self.threshold, "sets": result}
 
@@ -125,7 +128,7 @@ class Decontamination:
     def _found(self) -> tuple[Found, ...]:
         return tuple(find(one) for one in choose(self.sets, self.benchmarks or LIST))
 
-    def _index(self) -> Index:
+    def _there(self) -> tuple[Found, ...]:
         found = self._found()
         gone = [one for one in found if one.status == "missing"]
         if gone and (self.missing == "stop" or len(gone) == len(found)):
@@ -133,10 +136,17 @@ class Decontamination:
                 f"decontamination: {len(gone)} of {len(found)} evaluation sets are missing: "
                 f"{', '.join(f'{one.set.name} ({one.reason})' for one in gone[:5])}. Put them there, name the sets you "
                 "have with sets: [...]" + (", or set missing: record." if len(gone) < len(found) else "."))
-        return _build(found, self.ngram, self.seed, self.threshold)
+        return found
+
+    def _index(self) -> Index:
+        key = self._there(), self.ngram, self.seed, self.threshold
+        return _opened[key] if key in _opened else _built(*key)
+
+
+_opened: dict[tuple[tuple[Found, ...], int, int, float], Index] = {}  # by `prepare`, in this process
 
 
 @functools.lru_cache(maxsize=2)
-def _build(found: tuple[Found, ...], ngram: int, seed: int, threshold: float) -> Index:
+def _built(found: tuple[Found, ...], ngram: int, seed: int, threshold: float) -> Index:
     items = [item for one in found if one.status == "used" for item in read_items(one)]
     return Index(items, ngram, seed, threshold)

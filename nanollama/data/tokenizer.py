@@ -17,11 +17,14 @@ import numpy as np
 import sentencepiece
 
 from nanollama.data.files import DataError, read_json, sha256_file, write_atomic, write_json
+from nanollama.data.protobuf import fields
+from nanollama.data.segments import SegmentTable, segments_are_independent
 
 MODEL_FILE, MANIFEST_FILE, CARD_FILE = "tokenizer.model", "manifest.json", "TOKENIZER_CARD.md"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 MODEL_FILES = {"sentencepiece": MODEL_FILE, "tokenizer.json": "tokenizer.json"}  # by the manifest's kind
 _SPECIALS = ("unk_id", "bos_id", "eos_id", "pad_id")
+_TRAINER_SPEC = 2  # field of ModelProto
 _SPACE_MARK = "\u2581"  # SentencePiece writes a space as this; in a text itself it would come back as a space
 _MEND = ("Restore the directory from where it was made, or make it again: "
          "python -m data_pipeline.tokenizer --help says how.")
@@ -43,6 +46,7 @@ class Tokenizer:
         self.pad_id: int = self._processor.pad_id()
         space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._space_mark = [] if self.unk_id in space_mark else space_mark  # [] without byte pieces
+        self._by_segments = manifest.get("algorithm") == "bpe" and segments_are_independent(self._processor, model)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
@@ -142,13 +146,20 @@ class Tokenizer:
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """bos + ids + eos of each text, as uint32 arrays: what a packed set stores of a document."""
         plain = [index for index, text in enumerate(texts) if _SPACE_MARK not in text]
-        arrays = self._processor.encode([texts[index] for index in plain], return_type="numpy", add_bos=True,
-                                        add_eos=True, num_threads=threads) if plain else []
-        documents: dict[int, np.ndarray] = dict(zip(plain, arrays, strict=True))
-        for index in range(len(texts)):
-            if index not in documents:
-                documents[index] = np.array([self.bos_id, *self.encode(texts[index]), self.eos_id])
-        return [documents[index].astype(np.uint32) for index in range(len(texts))]
+        arrays = self._encode_plain([texts[index] for index in plain], threads) if plain else []
+        documents = dict(zip(plain, arrays, strict=True))
+        return [np.concatenate([[self.bos_id], documents[index] if index in documents else self.encode(text),
+                                [self.eos_id]]).astype(np.uint32) for index, text in enumerate(texts)]
+
+    def _encode_plain(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        if self._by_segments:
+            return self._segments.encode(texts)
+        arrays: list[np.ndarray] = self._processor.encode(texts, return_type="numpy", num_threads=threads)
+        return arrays
+
+    @functools.cached_property
+    def _segments(self) -> SegmentTable:
+        return SegmentTable(self._processor)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens give nothing, a torn UTF-8 sequence gives U+FFFD."""
@@ -208,27 +219,10 @@ def normalized_sha256(model: bytes) -> str:
     """SHA-256 of a SentencePiece ModelProto without its trainer_spec (field 2).
 
     The file's own hash changes with the thread count and the output name, which trainer_spec records; this
-    one is equal for equal vocabularies and normalizers. Walks the protobuf wire format, so needs no protobuf.
+    one is equal for equal vocabularies and normalizers.
     """
-    kept, at = [], 0
-    while at < len(model):
-        start = at
-        key, at = _varint(model, at)
-        if key & 7 != 2:  # every field of ModelProto is a message: wire type 2, length-delimited
-            raise DataError(f"{MODEL_FILE}: byte {start} starts no field of a model: damaged. {_MEND}")
-        size, at = _varint(model, at)
-        at += size
-        if key >> 3 != 2:
-            kept.append(model[start:at])
-    return hashlib.sha256(b"".join(kept)).hexdigest()
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(data):
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-    raise DataError(f"{MODEL_FILE}: ends inside a field: truncated. {_MEND}")
+    try:
+        kept = b"".join(field.encoded for field in fields(model) if field.number != _TRAINER_SPEC)
+    except ValueError as error:
+        raise DataError(f"{MODEL_FILE}: {error}. {_MEND}") from error
+    return hashlib.sha256(kept).hexdigest()
