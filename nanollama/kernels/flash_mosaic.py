@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nanollama.kernels import intervals, mosaic_programs
 from nanollama.kernels.flash_programs import Settings
-from nanollama.kernels.mosaic_parts import Block, Ring, shared
+from nanollama.kernels.mosaic_parts import Block, Ring, plgpu, shared
 
 
 def forward(

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from nanollama.kernels.flash_programs import Tile
 from nanollama.kernels.intervals import HIGH, LOW, WHOLE_HIGH, WHOLE_LOW
 
+plgpu: Any = mosaic_gpu  # untyped: the older JAX that types are checked with has another interface
 _REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # a thread of a consumer, of the producer: 512 in all
 SCORES = plgpu.Layout.WGMMA  # how a product's result lies in registers
 OF_ROWS, OF_COLUMNS = SCORES.reduce(1), SCORES.reduce(0)
@@ -39,14 +40,13 @@ class Block:
         return self.tile.warps // 4 - 1
 
 
-@dataclasses.dataclass(frozen=True)
 class Ring:
     """Slots of shared memory that go round: TMA fills one (`full`), all consumers release it (`free`)."""
 
-    buffers: tuple[Any, ...]
-    full: Any
-    free: Any
-    block: Block
+    def __init__(self, allocated: Any, block: Block) -> None:
+        """`allocated`: what `scratch` asked for."""
+        self.buffers, self.full, self.free = allocated
+        self.block, self.slots = block, block.tile.stages
 
     @staticmethod
     def scratch(block: Block, *buffers: tuple[tuple[int, ...], Any]) -> Any:
@@ -57,10 +57,6 @@ class Ring:
             plgpu.Barrier(num_arrivals=len(buffers), num_barriers=slots),
             plgpu.Barrier(num_arrivals=block.consumers, num_barriers=slots),
         )
-
-    @property
-    def slots(self) -> int:
-        return self.block.tile.stages
 
     def slot(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.slots))

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nanollama.kernels.mosaic_parts import (
     OF_COLUMNS,
@@ -28,12 +27,13 @@ from nanollama.kernels.mosaic_parts import (
     each,
     filled,
     over_tiles,
+    plgpu,
     products,
     roles,
     seen,
     shared_bounds,
     spread,
-)  # fmt: skip
+)
 
 _LOG2_E = math.log2(math.e)
 _MASKED = -1e30  # finite, so that exp2(masked - max) is 0 and never NaN
@@ -51,7 +51,7 @@ def forward(
     """
     rows, columns, factor = block.tile.queries // block.consumers, block.tile.keys, block.scale * _LOG2_E
     number, b, h = block.last - lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
-    k_ring, v_ring = Ring(*k_ring, block), Ring(*v_ring, block)
+    k_ring, v_ring = Ring(k_ring, block), Ring(v_ring, block)
     low, high = shared_bounds(bounds_gmem, b, number, block)
 
     def consume(mine: jax.Array) -> None:
@@ -139,7 +139,7 @@ def q_gradient(
     """One tile of queries of one head: dS = P (dO V^T - delta), dQ = scale dS K."""
     rows, columns, factor = block.tile.queries // block.consumers, block.tile.keys, block.scale * _LOG2_E
     number, b, h = block.last - lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
-    k_ring, v_ring = Ring(*k_ring, block), Ring(*v_ring, block)
+    k_ring, v_ring = Ring(k_ring, block), Ring(v_ring, block)
     low, high = shared_bounds(bounds_gmem, b, number, block)
 
     def consume(mine: jax.Array) -> None:
@@ -214,7 +214,7 @@ def kv_gradient(
     """
     rows, columns, factor = block.tile.keys // block.consumers, block.tile.queries, block.scale * _LOG2_E
     number, b, g = lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("head")
-    ring = Ring(*ring, block)
+    ring = Ring(ring, block)
     low, high = shared_bounds(bounds_gmem, b, number, block)
 
     def consume(mine: jax.Array) -> None:
