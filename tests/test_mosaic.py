@@ -37,7 +37,7 @@ TWO = Tiles(Tile(128, 64, 12, 2), Tile(128, 64, 12, 2), Tile(64, 128, 12, 2))  #
             T=300, heads=(1, 1), dims=(128, 64), window=90,
             tiles=Tiles(Tile(192, 64, 16, 2), Tile(64, 64, 8, 2), Tile(64, 192, 16, 2)),
         ),
-        dict(T=70, heads=(1, 1), dims=(64, 64), more_keys=100, rows=2, gradients=False, tiles=TWO),  # a key cache
+        dict(T=70, heads=(1, 1), dims=(64, 64), more_keys=100, rows=2, tiles=TWO),  # a key cache
     ],
     ids=["documents", "window", "cache"],
 )  # fmt: skip
