@@ -24,6 +24,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from nanollama.kernels import tune, tuning  # noqa: E402
+from nanollama.kernels.flash import why_not_mosaic  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "attention.json"
 TOKENS = 16_384  # positions of a measurement, and H * K = 2048: as published tables have it
@@ -77,7 +78,10 @@ def measure(problem: tune.Problem, sides: dict[str, Callable[..., jax.Array]], r
 def sides_of(problem: tune.Problem, interpret: bool) -> dict[str, Callable[..., jax.Array]]:
     """cuDNN and XLA mask no documents: on packed rows they do the whole causal triangle, and give another result."""
     kind = jax.devices()[0].device_kind
-    sides = {"pallas": tune.flash(problem, tuning.lookup(kind, problem.shape()).tiles, interpret)}
+    choice, dim = tuning.lookup(kind, problem.shape()), problem.head_dim
+    sides = {"pallas": tune.flash(problem, choice.tiles, interpret)}
+    if not interpret and not why_not_mosaic(dim, dim, problem.dtype, kind):
+        sides["mosaic"] = tune.flash(problem, choice.mosaic_tiles, compiler="mosaic")
     if not interpret:
         sides["cudnn_causal"] = tune.cudnn(problem)
     if problem.length <= 4096:

@@ -35,8 +35,9 @@ class ComputeConfig:
     scan_unroll: int = 0  # layers per scan iteration; 0 = all (fastest on CPU and GPU, slower to compile)
     # who computes attention (`ops.attention`); "auto" takes the fastest that can, a name refuses what it cannot do
     attention: Literal[
-        "auto", "xla_chunked", "pallas", "cudnn", "splash", "reference", "pallas_interpret", "splash_interpret"
-    ] = "auto"
+        "auto", "xla_chunked", "pallas", "mosaic", "cudnn", "splash", "reference", "pallas_interpret",
+        "splash_interpret",
+    ] = "auto"  # fmt: skip
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at one time
     moe: Literal["auto", "dropless", "blocked", "capacity", "dense"] = "auto"  # how experts are computed; `ops.moe.mix`
     moe_capacity: float = 2.0  # capacity only: slots of an expert, relative to even loads; tokens beyond are dropped,
@@ -213,18 +214,14 @@ def load_file(spec: str) -> Any:
     path = Path(path_text)
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ConfigError(
-            "--config", f"no file {path_text!r}", nearest(path_text, siblings or ["configs/phase1.py"])
-        )
+        raise ConfigError("--config", f"no file {path_text!r}", nearest(path_text, siblings or ["configs/phase1.py"]))
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ConfigError(
-            "--config", f"{path_text!r} has no get_config(arg)", "Define get_config(arg) there."
-        )
+        raise ConfigError("--config", f"{path_text!r} has no get_config(arg)", "Define get_config(arg) there.")
     return module.get_config(argument)
 
 

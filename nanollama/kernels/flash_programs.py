@@ -1,4 +1,4 @@
-"""What one program instance of each flash kernel computes; `flash` says which instances there are.
+"""What one program instance of each flash kernel computes; `flash_triton` says which instances there are.
 
 Refs are blocks in the GPU's memory; what is loaded from them is a tile, in registers and shared memory. Lower case
 letters are a tile's: q queries, k keys. Head dims are loaded in parts that are powers of two.
@@ -21,12 +21,15 @@ _MASKED = -1e30  # finite, so that exp2(masked - max) is 0 and never NaN
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How one kernel cuts the scores, powers of two, and how Triton compiles it."""
+    """How one kernel cuts the scores, powers of two, and how it is compiled.
+
+    Mosaic GPU: four warps are a warpgroup, of which one only loads; the others share the tile's rows.
+    """
 
     queries: int = 64
     keys: int = 64
     warps: int = 4
-    stages: int = 2
+    stages: int = 2  # loads that may be under way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,16 @@ class Tiles:
 
     def each(self) -> tuple[Tile, Tile, Tile]:
         return self.forward, self.q_gradient, self.kv_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is static in a call of the kernels."""
+
+    scale: float
+    tiles: Tiles
+    interpret: bool
+    compiler: str = "triton"  # or "mosaic"
 
 
 def forward_kernel(

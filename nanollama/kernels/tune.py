@@ -3,7 +3,8 @@
     python -m nanollama.kernels.tune --head-dim=64 --heads=32 --kv-heads=4 --lengths=4096,16384
 
 For each length, packed (eight documents a row) and plain: each kernel's tile is chosen with the others fixed, by the
-time of forward, then of forward and backward; plain rows are also timed with cuDNN. About a minute a shape, most of it
+time of forward, then of forward and backward, of Triton's programs and on Hopper of Mosaic GPU's; plain rows are also
+timed with cuDNN. Mosaic GPU's may win only if their results on this card are Triton's. Two minutes a shape, most of it
 compilation. `tuning` says where the table is. Imports only jax and numpy.
 """
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanollama.kernels import tuning
-from nanollama.kernels.flash import flash_attention
+from nanollama.kernels.flash import flash_attention, why_not_mosaic
 from nanollama.kernels.flash_programs import Tile, Tiles
 
 DOCUMENTS = 8  # of a packed row
@@ -37,6 +38,21 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "q_gradient": (Tile(64, 32, 4, 3), Tile(64, 64, 4, 2), Tile(128, 32, 4, 2), Tile(128, 64, 8, 2)),
     "kv_gradient": (Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 128, 4, 2), Tile(64, 128, 8, 2)),
 }
+
+# By head dim: of those that compile for an H200 these keep their registers out of memory, or nearly (docs/kernels.md).
+MOSAIC_CANDIDATES: dict[int, dict[str, tuple[Tile, ...]]] = {
+    64: {
+        "forward": (Tile(128, 64, 12, 4), Tile(128, 128, 12, 2), Tile(128, 192, 12, 2), Tile(192, 128, 16, 2)),
+        "q_gradient": (Tile(128, 64, 12, 3), Tile(128, 128, 12, 3)),
+        "kv_gradient": (Tile(64, 128, 12, 2), Tile(64, 64, 8, 2), Tile(64, 192, 16, 2)),
+    },
+    128: {
+        "forward": (Tile(128, 64, 12, 3), Tile(192, 64, 16, 3)),
+        "q_gradient": (Tile(128, 64, 12, 3), Tile(128, 128, 12, 2), Tile(192, 64, 16, 2)),
+        "kv_gradient": (Tile(64, 128, 12, 2), Tile(64, 64, 8, 2)),
+    },
+}
+CLOSE = 0.01  # of the norm: bfloat16 products summed in another order differ by less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +95,12 @@ def milliseconds(function: Callable[..., Any], arguments: Sequence[jax.Array], r
     return statistics.median(times) * 1e3
 
 
-def flash(problem: Problem, tiles: Tiles, interpret: bool = False) -> Callable[..., jax.Array]:
+def flash(
+    problem: Problem, tiles: Tiles, interpret: bool = False, compiler: str = "triton"
+) -> Callable[..., jax.Array]:
     """`f(q, k, v, first_key, start)`."""
-    return functools.partial(flash_attention, scale=problem.head_dim**-0.5, tiles=tiles, interpret=interpret)
+    scale = problem.head_dim**-0.5
+    return functools.partial(flash_attention, scale=scale, tiles=tiles, interpret=interpret, compiler=compiler)
 
 
 def cudnn(problem: Problem) -> Callable[..., jax.Array]:
@@ -107,35 +126,75 @@ def with_gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
 def tune(
     problem: Problem,
     candidates: dict[str, tuple[Tile, ...]] = CANDIDATES,
+    mosaic_candidates: dict[int, dict[str, tuple[Tile, ...]]] = MOSAIC_CANDIDATES,
     interpret: bool = False,
     clock: Callable[[Callable[..., Any], Sequence[jax.Array]], float] = milliseconds,
 ) -> dict[str, Any]:
-    """The table's entry for a problem: the fastest tiles, and the faster of pallas and cudnn where both can."""
-    arrays, best = problem.arrays(), tuning.default_tiles(problem.head_dim)
+    """The table's entry for a problem: the fastest tiles of each compiler, and the fastest backend that can."""
+    arrays, dim = problem.arrays(), problem.head_dim
+    tiles, took = fastest_tiles(problem, candidates, "triton", interpret, clock)
+    mosaic_tiles, contenders = tuning.default_tiles(dim, "mosaic"), {"pallas": took["forward_and_backward"]}
+    reason = why_not_mosaic(dim, dim, problem.dtype, jax.devices()[0].device_kind)
+    if not reason:
+        try:
+            mosaic_tiles, times = fastest_tiles(problem, mosaic_candidates[dim], "mosaic", interpret, clock)
+            took |= {f"mosaic_{what}": time for what, time in times.items()}
+            reason = difference(flash(problem, mosaic_tiles, interpret, "mosaic"), flash(problem, tiles), arrays)
+        except RuntimeError as error:
+            reason = str(error)
+        if not reason:
+            contenders["mosaic"] = took["mosaic_forward_and_backward"]
+    if reason:
+        print(f"  mosaic: {reason}", file=sys.stderr)
+    if problem.plain and not interpret:
+        try:
+            contenders["cudnn"] = took["cudnn_forward_and_backward"] = clock(with_gradients(cudnn(problem)), arrays)
+        except Exception as error:
+            print(f"  cudnn: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+    return {
+        "backend": min(contenders, key=contenders.__getitem__),
+        "tiles": tuning.tiles_as_dict(tiles),
+        "mosaic_tiles": tuning.tiles_as_dict(mosaic_tiles),
+        "milliseconds": {key: round(value, 4) for key, value in took.items()},
+    }
+
+
+def fastest_tiles(
+    problem: Problem,
+    candidates: dict[str, tuple[Tile, ...]],
+    compiler: str,
+    interpret: bool,
+    clock: Callable[[Callable[..., Any], Sequence[jax.Array]], float],
+) -> tuple[Tiles, dict[str, float]]:
+    """A compiler's best tiles, and their milliseconds. Errors: RuntimeError where no tile of a kernel compiles."""
+    arrays, best = problem.arrays(), tuning.default_tiles(problem.head_dim, compiler)
     took: dict[str, float] = {}
     for part, choices in candidates.items():
         times: dict[Tile, float] = {}
         for tile in dict.fromkeys((getattr(best, part), *choices)):
-            function = flash(problem, dataclasses.replace(best, **{part: tile}), interpret)
+            function = flash(problem, dataclasses.replace(best, **{part: tile}), interpret, compiler)
             try:
                 times[tile] = clock(jax.jit(function) if part == "forward" else with_gradients(function), arrays)
             except Exception as error:  # a tile too large for this GPU fails to compile, in a way of its own each time
-                print(f"  {part} {tile}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+                print(f"  {compiler} {part} {tile}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
         if not times:
             raise RuntimeError(f"{problem}: no tile of {part} compiles on {jax.devices()[0].device_kind}")
         fastest = min(times, key=times.__getitem__)
         best = dataclasses.replace(best, **{part: fastest})
         took["forward" if part == "forward" else "forward_and_backward"] = times[fastest]
-    backend = "pallas"
-    if problem.plain and not interpret:
-        try:
-            took["cudnn_forward_and_backward"] = clock(with_gradients(cudnn(problem)), arrays)
-        except Exception as error:
-            print(f"  cudnn: {str(error).splitlines()[0][:100]}", file=sys.stderr)
-        if took.get("cudnn_forward_and_backward", float("inf")) < took["forward_and_backward"]:
-            backend = "cudnn"
-    rounded = {key: round(value, 4) for key, value in took.items()}
-    return {"backend": backend, "tiles": tuning.tiles_as_dict(best), "milliseconds": rounded}
+    return best, took
+
+
+def difference(function: Callable[..., jax.Array], twin: Callable[..., jax.Array], arrays: Sequence[jax.Array]) -> str:
+    """What of output and gradients differs from the twin's by more than rounding, and by how much; empty if nothing."""
+    (_, out), gradients = with_gradients(function)(*arrays)
+    (_, wanted), twins = with_gradients(twin)(*arrays)
+    for name, a, b in zip(("output", "dq", "dk", "dv"), (out, *gradients), (wanted, *twins), strict=True):
+        a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
+        distance = float(jnp.linalg.norm(a32 - b32) / jnp.linalg.norm(b32))
+        if not distance < CLOSE:  # NaN is not close
+            return f"its {name} is {distance:.3g} of the norm from Triton's; please report this. It is not used."
+    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

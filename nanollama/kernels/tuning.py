@@ -36,6 +36,10 @@ class Choice(NamedTuple):
 
     backend: str
     tiles: Tiles
+    mosaic_tiles: Tiles
+
+    def tiles_of(self, compiler: str) -> Tiles:
+        return self.mosaic_tiles if compiler == "mosaic" else self.tiles
 
 
 # Not measured by us: tiles that fit an SM's shared memory and registers, and that published Triton kernels use.
@@ -45,16 +49,23 @@ DEFAULT_TILES = {
     256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
 
+# Nor these: the largest that compile with no register in memory (docs/kernels.md), or for dK and dV at 128 the fewest.
+MOSAIC_TILES = {
+    64: Tiles(Tile(128, 128, 12, 3), Tile(128, 128, 12, 2), Tile(64, 128, 12, 3)),
+    128: Tiles(Tile(128, 128, 12, 2), Tile(128, 64, 12, 2), Tile(64, 128, 12, 3)),
+}
+
 
 def lookup(kind: str, shape: Shape) -> Choice:
     """The measured choice for this shape on this kind of device, else the default tiles of its head dim."""
-    entry = _entries(table_path(kind)).get(name(shape))
-    return entry or Choice("", default_tiles(max(shape.key_dim, shape.value_dim)))
+    entry, dim = _entries(table_path(kind)).get(name(shape)), max(shape.key_dim, shape.value_dim)
+    return entry or Choice("", default_tiles(dim), default_tiles(dim, "mosaic"))
 
 
-def default_tiles(head_dim: int) -> Tiles:
-    """For the smallest head dim of the table that holds this one."""
-    return next((tiles for dim, tiles in DEFAULT_TILES.items() if head_dim <= dim), DEFAULT_TILES[256])
+def default_tiles(head_dim: int, compiler: str = "triton") -> Tiles:
+    """For the smallest head dim of the compiler's table that holds this one, else for its largest."""
+    table = MOSAIC_TILES if compiler == "mosaic" else DEFAULT_TILES
+    return next((tiles for dim, tiles in table.items() if head_dim <= dim), table[max(table)])
 
 
 def name(shape: Shape) -> str:
@@ -72,7 +83,7 @@ def table_path(kind: str) -> Path:
 
 
 def save(kind: str, measured: dict[str, dict[str, Any]]) -> Path:
-    """Add entries ({"backend", "tiles", "milliseconds"} by `name`) to the table; written whole or not at all."""
+    """Add entries (of `tune.tune`, by `name`) to the table; written whole or not at all."""
     path = table_path(kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = _read(path) | measured
@@ -85,6 +96,10 @@ def save(kind: str, measured: dict[str, dict[str, Any]]) -> Path:
 
 def tiles_as_dict(tiles: Tiles) -> dict[str, Any]:
     return dataclasses.asdict(tiles)
+
+
+def tiles_from_dict(tiles: dict[str, Any]) -> Tiles:
+    return Tiles(*(Tile(**tiles[part]) for part in Tiles.__dataclass_fields__))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -103,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _entries(path: Path) -> dict[str, Choice]:
     try:
         return {
-            key: Choice(entry["backend"], Tiles(*(Tile(**entry["tiles"][part]) for part in Tiles.__dataclass_fields__)))
+            key: Choice(entry["backend"], tiles_from_dict(entry["tiles"]), tiles_from_dict(entry["mosaic_tiles"]))
             for key, entry in _read(path).items()
         }
     except (KeyError, TypeError) as error:

@@ -6,6 +6,7 @@ for latent attention (MLA), whose queries and keys are wider.
 
     xla_chunked   any device and mask; the fastest on CPU
     pallas        GPU: our flash kernels, any mask; forward and backward skip what the intervals exclude
+    mosaic        Hopper: the same, written for Mosaic GPU; "auto" takes it only where it was measured to win
     cudnn         GPU: one document a row
     splash        TPU: documents and static windows
     reference     the slow twin, dense; for tests. So are the kernels as XLA operations: *_interpret
@@ -76,7 +77,7 @@ def resolve(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGJ: jax.Array, mask: MaskS
     where, kind = device()
     if backend == "auto":
         return choose(request, where, kind)
-    reason = why_not(backend, request, where)
+    reason = why_not(backend, request, where, kind)
     if reason:
         raise FieldError(
             "config.compute.attention", f"{backend!r} cannot compute this: {reason}", "'auto' takes one that can."
@@ -101,16 +102,19 @@ def choose(request: Request, where: str, kind: str) -> str:
         order = [name for name in (measured, "pallas", "cudnn") if name]
     else:
         order = ["splash"] if where == "tpu" else []
-    return next((name for name in order if not why_not(name, request, where)), "xla_chunked")
+    return next((name for name in order if not why_not(name, request, where, kind)), "xla_chunked")
 
 
-def why_not(backend: str, request: Request, where: str) -> str:
-    """Why `backend` cannot compute the request on the platform `where`; empty where it can."""
-    needs = {"pallas": "gpu", "cudnn": "gpu", "splash": "tpu"}.get(backend, where)
+def why_not(backend: str, request: Request, where: str, kind: str) -> str:
+    """Why `backend` cannot compute the request on the platform `where`, a device of this kind; empty where it can."""
+    needs = {"pallas": "gpu", "mosaic": "gpu", "cudnn": "gpu", "splash": "tpu"}.get(backend, where)
     if needs != where:
         return f"it is for a {needs.upper()}, and this program is for a {where.upper()}"
     if backend.startswith("pallas"):
         return flash.why_not(request.q_BTHK.shape[3], request.v_BSGJ.shape[3])
+    if backend == "mosaic":
+        q, v = request.q_BTHK, request.v_BSGJ
+        return flash.why_not_mosaic(q.shape[3], v.shape[3], q.dtype, kind)
     if backend == "cudnn":
         return why_not_cudnn(request.q_BTHK, request.v_BSGJ, request.mask)
     if backend.startswith("splash"):
@@ -125,12 +129,15 @@ def shape(request: Request) -> tuning.Shape:
     return tuning.Shape(str(q.dtype), q.shape[3], v.shape[3], q.shape[2] // v.shape[2], q.shape[1], plain)
 
 
-def attend_pallas(request: Request, interpret: bool = False) -> jax.Array:
+def attend_pallas(request: Request, interpret: bool = False, compiler: str = "triton") -> jax.Array:
     """Our kernels with the tiles of the table."""
     q, k, v, mask, scale = request
-    tiles = tuning.lookup(device()[1], shape(request)).tiles
+    choice = tuning.lookup(device()[1], shape(request))
     first_key_BT = jnp.broadcast_to(mask.first_keys(), q.shape[:2])
-    return flash.flash_attention(q, k, v, first_key_BT, mask.starts(), scale=scale, tiles=tiles, interpret=interpret)
+    return flash.flash_attention(
+        q, k, v, first_key_BT, mask.starts(), scale=scale, tiles=choice.tiles_of(compiler), interpret=interpret,
+        compiler=compiler,
+    )  # fmt: skip
 
 
 def attend_reference(
@@ -153,6 +160,7 @@ def _platform(name: str) -> str:
 BACKENDS: dict[str, Callable[[Request], jax.Array]] = {
     "xla_chunked": lambda request: attend_chunked(*request),
     "pallas": attend_pallas,
+    "mosaic": functools.partial(attend_pallas, compiler="mosaic"),
     "cudnn": lambda request: attend_cudnn(*request),
     "splash": lambda request: attend_splash(*request),
     "reference": lambda request: attend_reference(*request),
