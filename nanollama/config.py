@@ -121,7 +121,7 @@ class LoraConfig:
     dropout: float = 0.0  # of an adapter's input, in training only
     targets: tuple[str, ...] = ("*",)  # names of linear layers, e.g. "query"; * and ? match any
     rank_stabilised: bool = False  # scale by alpha / sqrt(rank) instead (arXiv:2312.03732)
-    train_rows_from: int = 0  # rows of embedding and head from this id on are trained too: added tokens; 0 = none
+    train_rows_from: int | None = None  # rows of embedding and head that learn too; 0: none; None: of new tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,9 +364,9 @@ def _check_lora(config: Config) -> None:
         )
     if not 0 <= lora.dropout < 1:
         raise ConfigError("config.lora.dropout", f"{lora.dropout} is not in [0, 1)", "Use a fraction.")
-    if not lora.targets and not lora.train_rows_from:
+    if not lora.targets and lora.train_rows_from == 0:
         raise ConfigError("config.lora.targets", "is empty, so nothing is trained", 'Name layers, e.g. ("query",).')
-    if not 0 <= lora.train_rows_from < vocab_size:
+    if not 0 <= (lora.train_rows_from or 0) < vocab_size:
         raise ConfigError(
             "config.lora.train_rows_from",
             f"{lora.train_rows_from} is not an id below vocab_size={vocab_size}",

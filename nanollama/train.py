@@ -49,6 +49,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
     """
     team = Team() if team is None else team
     say = print if team.first else _quiet
+    config = initial.with_new_rows(config, workdir)
     say(describe(config), flush=True)
     mesh = make_mesh(config.mesh)
     if warning := here.check_memory(config, mesh.size):
@@ -185,6 +186,8 @@ def describe(config: Config) -> str:
     tokens = rows * length * config.steps
     trained = sum(math.prod(x.shape) for x in jax.tree.leaves(learned(state.params)))
     what = "gradients as much as the parameters" if config.lora is None else f"{trained:,} values are trained"
+    if config.lora is not None and config.lora.train_rows_from:
+        what += f", rows of new tokens among them (from id {config.lora.train_rows_from:,} on)"
     return "\n".join([
         f"{config.name}: {config.model.family}, {count.total:,} parameters ({count.non_embedding:,} without the "
         "embedding)",

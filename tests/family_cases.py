@@ -133,6 +133,18 @@ CASES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "rope_scaling": dict(rope_type="yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.5, **_SHORT),
     },
+    "deepseek-v3-halves": {
+        **_SPARSE,
+        **_LATENT,
+        "model_type": "deepseek_v3",
+        "rope_interleave": False,
+        "q_lora_rank": None,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 1,
+    },
     # the next two are compared as what they are written as: transformers has no code for them
     "deepseek-moe": {
         **_SPARSE,

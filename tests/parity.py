@@ -14,9 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import nanollama  # noqa: F401 - before JAX, which it keeps from printing of its own cache
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: more threads only wait for each other
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch

@@ -4,6 +4,12 @@ The base is a published folder with added tokens; random adapters on every linea
 base + adapter, peft's own merging, and our merged export must agree.
 """
 
+import os
+
+import nanollama  # noqa: F401 - before JAX, which it keeps from printing of its own cache
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import dataclasses
 import sys
 import tempfile

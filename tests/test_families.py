@@ -70,6 +70,7 @@ def test_a_change_of_any_feature_is_seen() -> None:
         ("deepseek-v2", dict(groups=1, groups_per_token=1), {}),
         ("deepseek-v3", dict(groups=1, groups_per_token=1), {}),
         ("deepseek-v3", {}, dict(rope_interleaved=False)),
+        ("deepseek-v3-halves", {}, dict(rope_interleaved=True)),
     ]:
         changed = load(name).model
         assert changed.moe is not None

@@ -35,7 +35,7 @@ OLD, NEW, PADDED = 400, 408, 512
 MODEL = ModelConfig(
     vocab_size=OLD, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16
 )
-LORA = dict(rank=2, alpha=4.0, dropout=0.1, targets=("query", "up"), train_rows_from=OLD)
+LORA = dict(rank=2, alpha=4.0, dropout=0.1, targets=("query", "up"))
 
 
 def random_run(folder: Path, tokenizer: Tokenizer | None, model: ModelConfig = MODEL, seed: int = 0) -> Path:
@@ -90,6 +90,29 @@ def test_only_adapters_are_saved_and_their_base_is_named(data: Path, adapters: P
     assert lineage["parent"]["hash"] == checkpoint_hash(base)
     assert lineage["parent"]["step"] == 0
     assert (adapters / "samples" / "4.json").is_file()
+
+
+def test_rows_that_nothing_has_trained_are_found(data: Path, adapters: Path, tmp_path: Path) -> None:
+    """`LORA` names none: `adapters` trained those that `extend` added to its base."""
+
+    def first(base: Path, workdir: Path = tmp_path / "none", **fields: Any) -> int:
+        config = config_of(data, lora={**LORA, **fields}, initial_checkpoint=str(base))
+        found = initial.with_new_rows(config, workdir).lora
+        assert found is not None and found.train_rows_from is not None
+        return found.train_rows_from
+
+    assert json.loads((adapters / "config.json").read_text())["lora"]["train_rows_from"] == OLD
+    assert first(data / "extended") == OLD
+    assert [first(data / "extended", train_rows_from=given) for given in (0, OLD + 3)] == [0, OLD + 3]
+    assert first(data / "base") == 0, "no token was added"
+    assert first(adapters) == 0, "they were trained since"
+    assert first(tmp_path / "gone", adapters) == OLD, "a run that goes on keeps its own"
+    extend(data / "extended", tmp_path / "twice", ["<|more|>"], say=lambda line: None)
+    assert first(tmp_path / "twice") == OLD, "added before, and not trained either"
+    with pytest.raises(ConfigError, match=r"config\.lora\.targets.*nothing is trained"):
+        first(data / "base", targets=())
+    with pytest.raises(ConfigError, match=r"config\.initial_checkpoint"):
+        first(tmp_path / "gone")
 
 
 def test_resumed_adapters_are_the_unbroken_ones(data: Path, adapters: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanollama.data.files import DataError, read_json
-from nanollama.data.tokenizer import MANIFEST_FILE, MODEL_FILES, Tokenizer, freeze
+from nanollama.data.files import DataError
+from nanollama.data.tokenizer import MODEL_FILES, Tokenizer, freeze
 
 CHAT_TOKENS = (
     "<|im_start|>",
@@ -55,13 +55,6 @@ def add_tokens(
         algorithm, corpus = source.manifest["algorithm"], source.manifest["corpus"]
         return freeze(directory, model, algorithm=algorithm, corpus=corpus, chat_template=template, more=more)
     return _freeze_json(source, Path(directory), model, ids, template, more)
-
-
-def first_added_id(directory: str | os.PathLike[str]) -> int | None:
-    """The first id that `add_tokens` gave out in this tokenizer; None where it gave none."""
-    path = Path(directory) / MANIFEST_FILE
-    added = read_json(path).get("added_tokens") if path.is_file() else None
-    return min(added.values()) if added else None
 
 
 def _new_tokens(source: Tokenizer, tokens: Sequence[str]) -> list[str]:

@@ -7,7 +7,6 @@ at step 0, to train on from (`config.initial_checkpoint`), with a tokenizer that
 
 import argparse
 import dataclasses
-import functools
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -21,9 +20,9 @@ from nanollama.data.files import DataError
 from nanollama.data.strict import from_mapping
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.export.imported import save_run
-from nanollama.export.weights import parameter_shapes
+from nanollama.export.weights import Parts, parameter_shapes, stacked_axes
 from nanollama.training.checkpoint import find_step_folder, read_metadata
-from nanollama.training.initial import whole_parameter
+from nanollama.training.initial import merged_reader
 from nanollama.training.integrity import checkpoint_hash
 
 ALIGN = 128  # rows of embedding and head: what matrix units and meshes divide
@@ -39,7 +38,7 @@ def extend(
 ) -> Path:
     """Write the newest good checkpoint of `checkpoint` with `tokens` added to the run folder `output`.
 
-    One parameter at a time is in memory. Errors: DataError and ConfigError, before anything is written.
+    One part of a parameter at a time is in memory. Errors: DataError and ConfigError, before anything is written.
     """
     folder = find_step_folder(checkpoint)
     metadata = read_metadata(folder)
@@ -59,32 +58,32 @@ def extend(
         size = max(old.vocab_size, added.vocab_size)
         model = dataclasses.replace(old, vocab_size=size, vocab_padding=-size % ALIGN)
         parent = {"path": str(checkpoint), "step": int(folder.name), "hash": checkpoint_hash(folder)}
+        before = metadata.get("lineage", {})
         lineage = {
             "format": "nanollama",
             "source": folder.parent.parent.name,
             "parent": parent,
-            "added_tokens": added.manifest["added_tokens"],
-            "dtype": metadata.get("lineage", {}).get("dtype", "float32"),
+            "added_tokens": {**before.get("added_tokens", {}), **added.manifest["added_tokens"]},  # none is trained yet
+            "dtype": before.get("dtype", "float32"),
         }
-        read = whole_parameter(folder)
-        readers = {
-            path: functools.partial(_resized, read, path, shape, tokenizer.vocab_size, size)
-            for path, shape in parameter_shapes(model).items()
-        }
+        reader, shapes = merged_reader(folder), parameter_shapes(model)
+
+        def parts(path: str, stacked: int) -> Parts:
+            read, axis = reader(path, stacked), _VOCABULARY_AXIS.get(path)
+            if axis is None:
+                return Parts(read, stacked)
+            return Parts.of(lambda: _resized(read(()), shapes[path], axis, tokenizer.vocab_size, size))
+
+        readers = {path: parts(path, stacked) for path, stacked in stacked_axes(model).items()}
         return save_run(output, model, readers, lineage=lineage, tokenizer=added, say=say)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _resized(
-    read: Callable[[str], np.ndarray], path: str, shape: tuple[int, ...], known: int, size: int
-) -> np.ndarray:
-    """A parameter in its new shape; `known` ids have been trained, ids from there to `size` get their mean."""
-    array, axis = read(path), _VOCABULARY_AXIS.get(path)
-    if axis is None:
-        return array
-    new = np.zeros(shape, array.dtype)
-    rows, old = np.moveaxis(new, axis, 0), np.moveaxis(array, axis, 0)
+def _resized(old: np.ndarray, shape: tuple[int, ...], axis: int, known: int, size: int) -> np.ndarray:
+    """A table in its new shape; `known` ids have been trained, ids from there to `size` get their mean."""
+    new = np.zeros(shape, old.dtype)
+    rows, old = np.moveaxis(new, axis, 0), np.moveaxis(old, axis, 0)
     rows[:known] = old[:known]
     rows[known:size] = old[:known].mean(axis=0, dtype=np.float64)
     return new

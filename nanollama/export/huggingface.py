@@ -28,8 +28,8 @@ from nanollama.export.weights import FLOATS, Tensor, TensorInfo, parameter_shape
 from nanollama.models.families import FAMILIES
 from nanollama.models.families.published import Exported, write_config
 from nanollama.training.checkpoint import find_step_folder, read_metadata
-from nanollama.training.initial import lora_of, whole_parameter, whole_parameter_infos
-from nanollama.training.stored_parameters import parameter_reader
+from nanollama.training.initial import lora_of, merged_reader, whole_parameter_infos
+from nanollama.training.stored_parameters import Read
 
 _DEFAULT_LENGTH = 2048  # where neither the model nor the run says how long a text may be
 
@@ -46,8 +46,8 @@ def export(
 
     dtype: of the weights; "" keeps that of the weights it was imported from, else float32 (the same logits).
     adapter: of a run of adapters, these alone, as the peft package stores them; else they are merged.
-    One tensor at a time is in memory, or one chunk of the checkpoint (`training.stored_parameters`); of a run of
-    adapters one parameter. Errors: DataError and ConfigError, before `output` exists.
+    One tensor at a time is in memory, or one chunk of the checkpoint (`training.stored_parameters`).
+    Errors: DataError and ConfigError, before `output` exists.
     """
     output = Path(output)
     if output.exists() and any(output.iterdir()):
@@ -66,15 +66,15 @@ def export(
         raise DataError(f"{run}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: damaged.")
     tensors = published_tensors(model, family)
     _check_parameters(folder, tensors, factors)
-    lora, parent = lora_of(metadata), metadata.get("parent") or {}
+    lora, parent, reader = lora_of(metadata), metadata.get("parent") or {}, _plain_reader(folder, model)
     staged = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     try:
         if adapter:
-            lora, read = require_adapter(lora, folder), _plain_reader(folder, model)
-            write_adapter(folder, staged, model, family, lora, parent.get("path", ""), read, dtype)
+            lora, base_name = require_adapter(lora, folder), parent.get("path", "")
+            write_adapter(folder, staged, model, family, lora, base_name, lambda path: reader(path, 0)(()), dtype)
         else:
-            _write_weights(_part_reader(folder, model, metadata), tensors, factors, staged, dtype, shard_bytes)
+            _write_weights(reader, tensors, factors, staged, dtype, shard_bytes)
         ids = _write_tokenizer(tokenizer, staged, model) if tokenizer is not None else {}
         if not adapter:
             write_json(staged / "config.json", {**config, "torch_dtype": dtype, **ids})
@@ -112,31 +112,22 @@ def _check_parameters(folder: Path, tensors: list[Tensor], factors: Mapping[str,
         )
 
 
-def _plain_reader(folder: Path, model: ModelConfig) -> Callable[[str], np.ndarray]:
-    """Reads a parameter by its path, adapters merged, without the rows that pad the vocabulary."""
-    read, shapes = whole_parameter(folder), parameter_shapes(model)
-    return lambda path: read(path)[tuple(slice(size) for size in shapes[path])]
+Reader = Callable[[str, int], Read]  # of a parameter by its path, and how many of its axes are stacked
 
 
-Read = Callable[[tuple[int, ...]], np.ndarray]  # of a parameter, the part at an index of its stacked axes
+def _plain_reader(folder: Path, model: ModelConfig) -> Reader:
+    """Reads parameters part by part, adapters merged, without the rows that pad the vocabulary."""
+    reader, shapes = merged_reader(folder), parameter_shapes(model)
 
+    def plain(path: str, stacked: int) -> Read:
+        read, own = reader(path, stacked), tuple(slice(size) for size in shapes[path][stacked:])
+        return lambda index: read(index)[own]
 
-def _part_reader(folder: Path, model: ModelConfig, metadata: Mapping[str, Any]) -> Callable[[str, int], Read]:
-    """As `_plain_reader`, part by part: (path, stacked axes) -> `Read`."""
-    if lora_of(metadata) is not None:
-        read = _plain_reader(folder, model)
-        return lambda path, stacked: read(path).__getitem__
-    shapes = parameter_shapes(model)
-
-    def parts(path: str, stacked: int) -> Read:
-        of_saved, own = parameter_reader(folder, path, stacked), tuple(slice(size) for size in shapes[path][stacked:])
-        return lambda index: of_saved(index)[own]
-
-    return parts
+    return plain
 
 
 def _write_weights(
-    read: Callable[[str, int], Read],
+    reader: Reader,
     tensors: list[Tensor],
     factors: Mapping[str, float],
     output: Path,
@@ -147,7 +138,7 @@ def _write_weights(
 
     @functools.lru_cache(maxsize=1)  # tensors of one parameter come one after the other, and share its chunks
     def load(path: str, stacked: int) -> Read | None:
-        return read(path, stacked) if factors.get(path, 1.0) else None
+        return reader(path, stacked) if factors.get(path, 1.0) else None
 
     def cut(part: Read | None, name: str) -> np.ndarray:
         tensor = by_name[name]

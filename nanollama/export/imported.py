@@ -26,6 +26,7 @@ from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
 from nanollama.export.weights import Parts, Source, Tensor, adopt, check_tensors, nested, parameter_shapes
 from nanollama.models.accounting import count_parameters
 from nanollama.training.checkpoint import LazyArray, LazyCheckpoints
+from nanollama.training.stored_parameters import Read
 
 
 def write_run(
@@ -131,9 +132,6 @@ def _save(
         f"{output}: {count_parameters(model).total:,} parameters of a {model.family} model in "
         f"{time.perf_counter() - begin:.1f} s"
     )
-
-
-Read = Callable[[tuple[int, ...]], np.ndarray]
 
 
 def _checked(path: str, read: Read) -> Read:

@@ -17,7 +17,7 @@ from nanollama.export.safetensors_file import write_safetensors
 from nanollama.export.weights import FLOATS, TensorInfo
 from nanollama.models import lora as loras
 from nanollama.models.families.published import Family, TensorMap
-from nanollama.training.stored_parameters import parameter_infos, restore_parameter
+from nanollama.training.stored_parameters import parameter_infos, parameter_reader
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _TABLES = {"embedding": ("embed_tokens", "model.embed_tokens"), "head": ("lm_head", "lm_head")}
@@ -99,7 +99,7 @@ def _pair(folder: Path, path: str, map: TensorMap, saved: Any) -> Tensors:
 
 
 def _factor(folder: Path, path: str, layer: int, shape: tuple[int, int]) -> np.ndarray:
-    return np.ascontiguousarray(restore_parameter(folder, path)[layer].reshape(shape[::-1]).T)
+    return np.ascontiguousarray(parameter_reader(folder, path, 1)((layer,)).reshape(shape[::-1]).T)
 
 
 def _rows(read_whole: Callable[[str], np.ndarray], ours: str, ids: list[int]) -> np.ndarray:

@@ -55,12 +55,19 @@ class Tensor(NamedTuple):
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each of the decoder's parameters, by path ("layers/query"); computes nothing."""
+    return {path: box.value.shape for path, box in _parameters(model).items()}
+
+
+def stacked_axes(model: ModelConfig) -> dict[str, int]:
+    """How many leading axes of each parameter count layers and experts."""
+    return {path: sum(name in ("layers", "expert") for name in box.names) for path, box in _parameters(model).items()}
+
+
+def _parameters(model: ModelConfig) -> dict[str, nn.Partitioned]:
     decoder = Decoder(model, ComputeConfig())
-    tree = nn.unbox(jax.eval_shape(lambda: init_params(decoder, 0)))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    tree = jax.eval_shape(lambda: init_params(decoder, 0))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): box for path, box in leaves}
 
 
 def published_tensors(model: ModelConfig, family: Family) -> list[Tensor]:
@@ -172,8 +179,8 @@ def publish(part: np.ndarray, tensor: Tensor, dtype: str, factor: float = 1.0) -
     own = part if factor == 1.0 else part * np.float32(factor)
     if tensor.map.inputs:
         outputs, inputs = tensor.shape
-        return np.ascontiguousarray(own.reshape(inputs, outputs).T.astype(FLOATS[dtype]))
-    return own.reshape(tensor.shape).astype(FLOATS[dtype])
+        return np.ascontiguousarray(own.reshape(inputs, outputs).T.astype(FLOATS[dtype], copy=False))
+    return own.reshape(tensor.shape).astype(FLOATS[dtype], copy=False)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

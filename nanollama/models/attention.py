@@ -36,7 +36,7 @@ def cache_heads(m: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
     return (m.num_kv_heads, m.head_dim), (m.num_kv_heads, m.head_dim)
 
 
-def grouped_query_attention(
+def attention(
     module: nn.Module,
     m: ModelConfig,
     h_ND: jax.Array,
@@ -46,11 +46,40 @@ def grouped_query_attention(
     *,
     backend: str,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Attention with G groups of query heads that share keys and values (arXiv:2305.13245).
+    """Attention with grouped queries, or with latents where the model has them.
 
     Returns what is added to the residual stream, [N, D], and the cache with this call's keys and values.
     window: int32 scalar, keys that a query sees; None for all.
     """
+    project = _grouped_query if m.latent is None else _latent
+    q_BTHK, kept = project(module, m, h_ND, context)
+    if cache_BSGK is not None:
+        start = context.mask.query_start
+        kept = cache_BSGK = (_write(cache_BSGK[0], kept[0], start), _write(cache_BSGK[1], kept[1], start))
+    k_BSGK, v_BSGJ = kept[0].astype(h_ND.dtype), kept[1].astype(h_ND.dtype)
+    scale = None
+    if m.latent is not None:
+        k_BSGK, v_BSGJ = _keys_and_values(module, m, k_BSGK, v_BSGJ)
+        scale = m.head_dim**-0.5 * score_scale(m.rope_scaling)
+    a_BTHJ = attend(
+        q_BTHK,
+        k_BSGK,
+        v_BSGJ,
+        context.mask if window is None else slide(context.mask, window),
+        backend=backend,
+        scale=scale,
+    )
+    H, J = a_BTHJ.shape[2:]
+    residual_std = m.init_std * (2 * m.num_layers) ** -0.5
+    axes, shape = ("heads", "head_dim", "embed"), (H, J, m.hidden_size)
+    return linear(module, "output", a_BTHJ.reshape(-1, H * J), axes, shape, inputs=2, std=residual_std), cache_BSGK
+
+
+Projected = tuple[jax.Array, tuple[jax.Array, jax.Array]]  # queries, rotated; what the cache holds of this call
+
+
+def _grouped_query(module: nn.Module, m: ModelConfig, h_ND: jax.Array, context: Context) -> Projected:
+    """G groups of query heads that share keys and values (arXiv:2305.13245): keys and values are kept."""
     (B, T), D, H, G, K = context.mask.first_key_BT.shape, m.hidden_size, m.num_heads, m.num_kv_heads, m.head_dim
 
     def project(name: str, heads: int, axis: str) -> jax.Array:
@@ -64,44 +93,18 @@ def grouped_query_attention(
         q_BTHK = rms_norm(q_BTHK, norm_scale(module, "query_norm", K), m.norm_eps)
         k_BTGK = rms_norm(k_BTGK, norm_scale(module, "key_norm", K), m.norm_eps)
     q_BTHK = apply_rope(q_BTHK, context.cos_BTC, context.sin_BTC)
-    k_BSGK, v_BSGK = apply_rope(k_BTGK, context.cos_BTC, context.sin_BTC), v_BTGK
-    if cache_BSGK is not None:
-        k_BSGK, v_BSGK = cache_BSGK = (
-            _write(cache_BSGK[0], k_BSGK, context.mask.query_start),
-            _write(cache_BSGK[1], v_BSGK, context.mask.query_start),
-        )
-    a_BTHK = attend(
-        q_BTHK,
-        k_BSGK.astype(h_ND.dtype),
-        v_BSGK.astype(h_ND.dtype),
-        context.mask if window is None else slide(context.mask, window),
-        backend=backend,
-    )
-    residual_std = m.init_std * (2 * m.num_layers) ** -0.5
-    a_NI = a_BTHK.reshape(B * T, H * K)
-    out_ND = linear(module, "output", a_NI, ("heads", "head_dim", "embed"), (H, K, D), inputs=2, std=residual_std)
-    return out_ND, cache_BSGK
+    return q_BTHK, (apply_rope(k_BTGK, context.cos_BTC, context.sin_BTC), v_BTGK)
 
 
-def latent_attention(
-    module: nn.Module,
-    m: ModelConfig,
-    h_ND: jax.Array,
-    cache_BSGK: tuple[jax.Array, jax.Array] | None,
-    window: jax.Array | None,
-    context: Context,
-    *,
-    backend: str,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Multi-head latent attention (arXiv:2405.04434, section 2.1). Arguments and results as above.
+def _latent(module: nn.Module, m: ModelConfig, h_ND: jax.Array, context: Context) -> Projected:
+    """Multi-head latent attention (arXiv:2405.04434, section 2.1).
 
-    Per token the cache holds a latent of R = kv_lora_rank values, which keys and values of all heads are made from, and
-    one rotated key, which all heads share. P = dims of a head without rotation, J = v_head_dim.
+    Kept per token: a latent of R = kv_lora_rank values, which keys and values of all heads are made from, and one
+    rotated key, which all heads share. P = dims of a head without rotation.
     """
     assert m.latent is not None
     latent, (B, T) = m.latent, context.mask.first_key_BT.shape
-    D, H, K, R = m.hidden_size, m.num_heads, m.head_dim, latent.kv_lora_rank
-    P, J = latent.qk_nope_head_dim, latent.v_head_dim
+    D, H, K, R, P = m.hidden_size, m.num_heads, m.head_dim, latent.kv_lora_rank, latent.qk_nope_head_dim
 
     def rotate(x_BTHC: jax.Array) -> jax.Array:
         return apply_rope(x_BTHC, context.cos_BTC, context.sin_BTC, interleaved=latent.rope_interleaved)
@@ -119,29 +122,21 @@ def latent_attention(
     width = R + latent.qk_rope_head_dim
     down_NR = linear(module, "key_value_down", h_ND, ("embed", "latent"), (D, width), std=m.init_std)
     latent_NR = rms_norm(down_NR[:, :R], norm_scale(module, "latent_norm", R), LATENT_NORM_EPS)
-    latent_BS1R, shared_BS1C = latent_NR.reshape(B, T, 1, R), rotate(down_NR[:, R:].reshape(B, T, 1, -1))
-    if cache_BSGK is not None:
-        latent_BS1R, shared_BS1C = cache_BSGK = (
-            _write(cache_BSGK[0], latent_BS1R, context.mask.query_start),
-            _write(cache_BSGK[1], shared_BS1C, context.mask.query_start),
-        )
-    S = latent_BS1R.shape[1]
-    latent_SR = latent_BS1R.reshape(B * S, R).astype(h_ND.dtype)
-    up_SO = linear(module, "key_value_up", latent_SR, ("latent", "heads", "head_dim"), (R, H, P + J), std=m.init_std)
+    return q_BTHK, (latent_NR.reshape(B, T, 1, R), rotate(down_NR[:, R:].reshape(B, T, 1, -1)))
+
+
+def _keys_and_values(
+    module: nn.Module, m: ModelConfig, latent_BS1R: jax.Array, shared_BS1C: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Those of all heads, from what `_latent` keeps. J = v_head_dim."""
+    assert m.latent is not None
+    B, S, _, R = latent_BS1R.shape
+    H, P, J = m.num_heads, m.latent.qk_nope_head_dim, m.latent.v_head_dim
+    axes, shape = ("latent", "heads", "head_dim"), (R, H, P + J)
+    up_SO = linear(module, "key_value_up", latent_BS1R.reshape(B * S, R), axes, shape, std=m.init_std)
     up_BSHX = constrain(up_SO.reshape(B, S, H, P + J), "batch", None, "heads", None)
-    shared_BSHC = jnp.broadcast_to(shared_BS1C.astype(h_ND.dtype), (B, S, H, latent.qk_rope_head_dim))
-    a_BTHJ = attend(
-        q_BTHK,
-        jnp.concatenate([up_BSHX[..., :P], shared_BSHC], axis=-1),
-        up_BSHX[..., P:],
-        context.mask if window is None else slide(context.mask, window),
-        backend=backend,
-        scale=K**-0.5 * score_scale(m.rope_scaling),
-    )
-    residual_std = m.init_std * (2 * m.num_layers) ** -0.5
-    a_NI = a_BTHJ.reshape(B * T, H * J)
-    out_ND = linear(module, "output", a_NI, ("heads", "head_dim", "embed"), (H, J, D), inputs=2, std=residual_std)
-    return out_ND, cache_BSGK
+    shared_BSHC = jnp.broadcast_to(shared_BS1C, (B, S, H, shared_BS1C.shape[-1]))
+    return jnp.concatenate([up_BSHX[..., :P], shared_BSHC], axis=-1), up_BSHX[..., P:]
 
 
 def _write(cache_BSGK: jax.Array, new_BTGK: jax.Array, index: Any) -> jax.Array:

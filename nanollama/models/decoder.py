@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from nanollama.config import ComputeConfig, ConfigError, LoraConfig, ModelConfig
 from nanollama.kernels.flash import LSE_NAME, OUTPUT_NAME
 from nanollama.models import lora as loras
-from nanollama.models.attention import Context, cache_heads, grouped_query_attention, latent_attention
+from nanollama.models.attention import Context, attention, cache_heads
 from nanollama.models.feed_forward import ROUTERS, gated_feed_forward, mixture_of_experts
 from nanollama.models.linear import norm_scale, normal, parameter
 from nanollama.ops.masks import MaskSpec
@@ -66,7 +66,6 @@ class Block(nn.Module):
         x_ND = x_BTD.reshape(B * T, D)
         with jax.named_scope("attention"):
             h_ND = rms_norm(x_ND, norm_scale(self, "attention_norm", D), m.norm_eps)
-            attention = grouped_query_attention if m.latent is None else latent_attention
             a_ND, cache_BSGK = attention(
                 self, m, h_ND, cache_BSGK, window, context, backend=self.compute.attention
             )

@@ -142,7 +142,7 @@ class Checkpoints:
     _handlers: dict[str, Any] | None = None  # Orbax's own
 
     def _arguments(self, state: Any) -> ocp.args.CheckpointArgs:
-        return ocp.args.StandardSave(state)
+        return ocp.args.StandardSave(state, save_args=jax.tree.map(_in_chunks, state))
 
     def _write_hash_list(self) -> None:
         for folder in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
@@ -186,6 +186,20 @@ class Checkpoints:
                 else "There is no earlier checkpoint: make room, and start again."
             )
         )
+
+
+CHUNK_BYTES, LEAST_CHUNK_BYTES = 16 << 20, 1 << 20  # what of an array is compressed, and later read, at one time
+
+
+def _in_chunks(array: Any) -> ocp.SaveArgs:
+    """Cut along the leading axes first (layers, experts): one of them can then be read without the others.
+
+    Without this a chunk is a device's whole share, all layers and experts of it.
+    """
+    size, axes = array.nbytes, 0
+    while size > CHUNK_BYTES and size // array.shape[axes] >= LEAST_CHUNK_BYTES:
+        size, axes = size // array.shape[axes], axes + 1
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(axes)))
 
 
 class LazyArray:
@@ -244,8 +258,8 @@ class LazyCheckpoints(Checkpoints):
         }
 
     def _arguments(self, state: Any) -> ocp.args.CheckpointArgs:
-        def chunks(array: LazyArray) -> ocp.SaveArgs:  # what is compressed, and later read, at one time
-            return ocp.SaveArgs(chunk_byte_size=16 << 20, shard_axes=tuple(range(array.stacked)))
+        def chunks(array: LazyArray) -> ocp.SaveArgs:  # a part is written at one time, so a chunk is never of two
+            return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(array.stacked)))
 
         return ocp.args.PyTreeSave(state, save_args=jax.tree.map(chunks, state))
 

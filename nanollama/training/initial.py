@@ -16,7 +16,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanollama.config import Config, ConfigError, LoraConfig
+from nanollama.config import Config, ConfigError, LoraConfig, check
+from nanollama.data.files import read_json
 from nanollama.data.strict import from_mapping
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.models import lora as loras
@@ -32,7 +33,7 @@ from nanollama.training.checkpoint import (
 )
 from nanollama.training.integrity import checkpoint_hash
 from nanollama.training.state import TrainState
-from nanollama.training.stored_parameters import parameter_infos, restore_parameter
+from nanollama.training.stored_parameters import Read, parameter_infos, parameter_reader
 
 # What a new run may change of the model that it starts from: how far it reads. Shapes stay, so do the weights.
 CONTEXT_FIELDS = ("rope_theta", "rope_scaling", "max_position_embeddings")
@@ -45,10 +46,7 @@ def find_parent(config: Config, tokenizer: Tokenizer) -> dict[str, Any] | None:
     """
     if not config.initial_checkpoint:
         return None
-    try:
-        folder = find_step_folder(config.initial_checkpoint)
-    except CheckpointError as error:
-        raise ConfigError("config.initial_checkpoint", str(error), "Or leave it empty to start anew.") from error
+    folder = _initial_folder(config)
     metadata = read_metadata(folder)
     check_model(folder, metadata, config.model, besides=() if config.lora else CONTEXT_FIELDS)
     if not metadata.get("tokenizer"):
@@ -64,6 +62,25 @@ def find_parent(config: Config, tokenizer: Tokenizer) -> dict[str, Any] | None:
         "hash": checkpoint_hash(folder),
         "tokenizer": metadata["tokenizer"],
     }
+
+
+def with_new_rows(config: Config, workdir: Path) -> Config:
+    """`config` with an id as `lora.train_rows_from`, also where it says None.
+
+    That is the first id of the tokens that `export.add_tokens` gave the initial checkpoint: a run that trained since
+    has trained their rows, so there are none, 0. A run that goes on in `workdir` keeps its own. Errors: ConfigError.
+    """
+    lora, said = config.lora, workdir / "config.json"
+    if lora is None or lora.train_rows_from is not None:
+        return config
+    if Checkpoints(workdir / "checkpoints", config.checkpoint).steps() and said.is_file():
+        first = (read_json(said).get("lora") or {}).get("train_rows_from")
+    else:
+        added = read_metadata(_initial_folder(config)).get("lineage", {}).get("added_tokens") or {}
+        first = min(added.values(), default=0)
+    config = dataclasses.replace(config, lora=dataclasses.replace(lora, train_rows_from=first or 0))
+    check(config)
+    return config
 
 
 def fresh(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -124,24 +141,28 @@ def restore_whole(folder: Path, shardings: Any = None) -> Any:
     return jax.jit(merge, donate_argnums=0, out_shardings=where)(base, adapters)
 
 
-def whole_parameter(folder: Path) -> Callable[[str], np.ndarray]:
-    """A function that reads one parameter ("layers/query") of a step folder to the host, merged as above."""
+def merged_reader(folder: Path) -> Callable[[str, int], Read]:
+    """As `stored_parameters.parameter_reader`, merged as above: (path, stacked axes) -> `Read`."""
     metadata = read_metadata(folder)
     lora, saved = lora_of(metadata), set(parameter_infos(folder))
     if lora is None:
-        return functools.partial(restore_parameter, folder)
-    read_base = whole_parameter(_find_base(metadata, folder.parent))
+        return functools.partial(parameter_reader, folder)
+    base = merged_reader(_find_base(metadata, folder.parent))
 
-    def read(path: str) -> np.ndarray:
-        parent, _, name = path.rpartition("/")
+    def reader(path: str, stacked: int) -> Read:
+        name = path.rpartition("/")[2]
+        prefix = path.removesuffix(name)
+        names = (name + loras.A, name + loras.B, loras.NEW_ROWS.get(name, ""))
+        beside = {one: parameter_reader(folder, prefix + one, stacked) for one in names if prefix + one in saved}
+        of_base = base(path, stacked)
 
-        def find(beside: str) -> np.ndarray | None:
-            full = f"{parent}/{beside}" if parent else beside
-            return restore_parameter(folder, full) if full in saved else None
+        def read(index: tuple[int, ...]) -> np.ndarray:
+            found = {one: of_one(index) for one, of_one in beside.items()}
+            return np.asarray(loras.merge_one(name, of_base(index), found.get, lora), np.float32)
 
-        return np.asarray(loras.merge_one(name, read_base(path), find, lora), np.float32)
+        return read
 
-    return read
+    return reader
 
 
 def whole_parameter_infos(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -184,6 +205,13 @@ def _find_base(metadata: Mapping[str, Any], directory: Path, path: str = "") -> 
         f"{run} holds adapters, and their base is gone: step {base['step']} of {base['path']} (hash {base['hash']}); "
         f"looked in {', '.join(map(str, places))}. Put it back in one of these."
     )
+
+
+def _initial_folder(config: Config) -> Path:
+    try:
+        return find_step_folder(config.initial_checkpoint)
+    except CheckpointError as error:
+        raise ConfigError("config.initial_checkpoint", str(error), "Or leave it empty to start anew.") from error
 
 
 def _base(tree: Any, config: Config) -> Any:

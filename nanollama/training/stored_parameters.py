@@ -22,17 +22,14 @@ def parameter_infos(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def restore_parameter(folder: str | Path, name: str) -> np.ndarray:
-    """One parameter ("layers/query") of a step folder, whole, on the host."""
-    return parameter_reader(folder, name, 0)(())
+Read = Callable[[tuple[int, ...]], np.ndarray]  # of a parameter, the part at an index of its stacked axes
 
 
-def parameter_reader(folder: str | Path, name: str, stacked: int) -> Callable[[tuple[int, ...]], np.ndarray]:
+def parameter_reader(folder: str | Path, name: str, stacked: int) -> Read:
     """Reads one parameter ("layers/query") of a step folder part by part, by an index of its first `stacked` axes.
 
-    For what must not hold the whole model. A part costs as much memory as the chunks it was saved in: those of
-    imported models are parts; training saves each device's share as one chunk, which is kept until a part outside
-    of it is asked for.
+    stacked: 0 for the whole, at the index (). A part costs as much memory as the chunks it lies in: itself, where it
+    is large (`training.checkpoint`); small ones share a chunk, which is kept until a part outside of it is asked for.
     """
     key = ".".join(["params", *name.split("/")])
     store = {"driver": "ocdbt", "base": (Path(folder).absolute() / "state").as_uri() + "/", "path": key + "/"}

@@ -34,6 +34,10 @@ def _llama3_scaling(factor: float) -> RopeScaling:
     )
 
 
+_LLAMA3: dict[str, Any] = dict(
+    vocab_size=128_256, num_kv_heads=8, rope_theta=500_000.0, max_position_embeddings=131_072
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
     # about 3.8M with the quickstart's 8k vocabulary: trains on two CPU cores in minutes
     "llama-micro": dict(
@@ -87,29 +91,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         tie_embeddings=False,
     ),
     "llama-1b": dict(
-        vocab_size=128_256,
+        **_LLAMA3,
         hidden_size=2048,
         intermediate_size=8192,
         num_layers=16,
         num_heads=32,
-        num_kv_heads=8,
         head_dim=64,
-        rope_theta=500_000.0,
         rope_scaling=_llama3_scaling(32.0),
-        max_position_embeddings=131_072,
         tie_embeddings=True,
     ),
     "llama-3b": dict(
-        vocab_size=128_256,
+        **_LLAMA3,
         hidden_size=3072,
         intermediate_size=8192,
         num_layers=28,
         num_heads=24,
-        num_kv_heads=8,
         head_dim=128,
-        rope_theta=500_000.0,
         rope_scaling=_llama3_scaling(32.0),
-        max_position_embeddings=131_072,
         tie_embeddings=True,
     ),
     "llama-7b": dict(
@@ -123,16 +121,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_position_embeddings=4096,
     ),
     "llama-8b": dict(
-        vocab_size=128_256,
+        **_LLAMA3,
         hidden_size=4096,
         intermediate_size=14_336,
         num_layers=32,
         num_heads=32,
-        num_kv_heads=8,
         head_dim=128,
-        rope_theta=500_000.0,
         rope_scaling=_llama3_scaling(8.0),
-        max_position_embeddings=131_072,
     ),
     "llama-13b": dict(
         vocab_size=32_000,

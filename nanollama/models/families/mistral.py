@@ -22,17 +22,17 @@ FAMILIES = {
     )
 }
 
+SIZES_7B: dict[str, Any] = dict(
+    vocab_size=32_000,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=32_768,
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "mistral-7b": dict(  # v0.1
-        family="mistral",
-        vocab_size=32_000,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        sliding_window=4096,
-        max_position_embeddings=32_768,
-    ),
+    "mistral-7b": dict(**SIZES_7B, family="mistral", sliding_window=4096),  # v0.1
 }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanollama.config import MoeConfig
+from nanollama.models.families.mistral import SIZES_7B
 from nanollama.models.families.published import DENSE_DEFAULTS, DENSE_FIELDS, DENSE_REQUIRED, Family
 from nanollama.models.families.tensors import ExpertNames, decoder_tensors
 
@@ -40,17 +41,5 @@ FAMILIES = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "mixtral-8x7b": dict(
-        family="mixtral",
-        vocab_size=32_000,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rope_theta=1e6,
-        max_position_embeddings=32_768,
-        moe=MoeConfig(8, 2, 14_336),
-    ),
+    "mixtral-8x7b": dict(**SIZES_7B, family="mixtral", rope_theta=1e6, moe=MoeConfig(8, 2, 14_336)),
 }
