@@ -61,6 +61,15 @@ COMPILED = [
 ]
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_remat_dots_keeps_products_whose_gradients_are_our_own(fp8):
+    config = tiny_config()
+    kept = {remat: memory.kept_bytes(config.model, ComputeConfig(dtype="bfloat16", remat=remat, fp8=fp8), config.loss, 64)
+            for remat in ("dots", "full")}  # fmt: skip
+    products = 64 * 2 * config.model.num_layers * (2 * config.model.intermediate_size + config.model.hidden_size)
+    assert kept["dots"][1] - kept["full"][1] > products
+
+
 @pytest.mark.parametrize(("spec", "target", "changes", "arguments", "temporaries"), COMPILED)
 def test_formula_is_near_what_compilers_said(spec, target, changes, arguments, temporaries):
     config = configs.load(str(ROOT / spec), [f"{name}={value}" for name, value in changes.items()])

@@ -25,6 +25,7 @@ from nanollama.models.linear import norm_scale, normal, parameter
 from nanollama.ops.masks import MaskSpec
 from nanollama.ops.moe import RouterSums
 from nanollama.ops.norms import rms_norm
+from nanollama.ops.products import PRODUCT_NAME
 from nanollama.ops.rope import rope_tables
 from nanollama.parallel import pipeline
 from nanollama.parallel.context import join_rows, split_rows
@@ -284,11 +285,13 @@ def _windows(model: ModelConfig, stack: Stack) -> jax.Array | None:
 
 def _remat(compute: ComputeConfig) -> Any:
     """Which of a layer's values the backward pass finds saved; None for all of them."""
+    policies = jax.checkpoint_policies
     return {
         "none": None,
-        "names": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME, LSE_NAME),
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
+        "names": policies.save_only_these_names(OUTPUT_NAME, LSE_NAME),
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT_NAME)),
+        "full": policies.nothing_saveable,
     }[compute.remat]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nanollama.config import LoraConfig
 from nanollama.models import lora as loras
@@ -120,4 +121,6 @@ def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
 
 def matmul(module: nn.Module, x_NI: jax.Array, weight_IO: jax.Array) -> jax.Array:
     """x times a weight of the layers, as the module's compute settings want it."""
-    return fp8_matmul(x_NI, weight_IO) if module.compute.fp8 else products.matmul(x_NI, weight_IO)
+    if module.compute.fp8:
+        return checkpoint_name(fp8_matmul(x_NI, weight_IO), products.PRODUCT_NAME)
+    return products.matmul(x_NI, weight_IO)

@@ -8,17 +8,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nanollama.ops.attention import device
 
 Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
+PRODUCT_NAME = "product"  # of products with a hand-written gradient, which remat's policies for products do not see
 _WIDE_IS_FAST = jax.__version_info__ < (0, 11)
 
 
 def matmul(x_NI: jax.Array, weight_IO: jax.Array) -> jax.Array:
     """x weight, [N, O] in x's dtype, which both operands have."""
-    return _rounded(x_NI, weight_IO) if rounds_afterwards(x_NI.dtype) else x_NI @ weight_IO
+    if not rounds_afterwards(x_NI.dtype):
+        return x_NI @ weight_IO
+    return checkpoint_name(_rounded(x_NI, weight_IO), PRODUCT_NAME)
 
 
 def rounds_afterwards(dtype: Any) -> bool:
