@@ -5,6 +5,7 @@ corpus is escaped.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -29,7 +30,8 @@ def render(facts: dict[str, Any], analysis: Analysis, formulas: Sequence[tuple[s
     page, style = ((templates / f"analysis.{end}").read_text("utf-8") for end in ("html", "css"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(size=size, count=lambda value: "?" if value is None else f"{value:,.0f}",
-                               tokens=_tokens, percent=_percent, passes=_passes, length=lambda value: f"{value:,.0f}")
+                               tokens=_tokens, percent=_percent, breakable=_breakable, passes=_passes,
+                               length=lambda value: f"{value:,.0f}")
     lengths = _all_lengths(analysis)
     return environment.from_string(page).render(
         facts=facts, rows=facts["datasets"], metadata=facts["metadata"], policy=POLICY, style=Markup(style),
@@ -130,14 +132,20 @@ def _yields(facts: dict[str, Any]) -> list[dict[str, Any]]:
     for row in facts["datasets"]:
         total = max(row["rows_in"], 1)
         lost = [item for item in row["dropped"] if not item["wished"]]
-        reasons = lost[:LISTED]
+        often = set(sorted(range(len(lost)), key=lambda number: -lost[number]["rows"])[:LISTED])
+        reasons = [item for number, item in enumerate(lost) if number in often]  # in the order of the stages
         if len(lost) > LISTED:
-            reasons.append({"stage": "", "reason": f"{len(lost) - LISTED} other reasons", "wished": False,
-                            "rows": sum(item["rows"] for item in lost[LISTED:])})
+            reasons.append({"stage": "", "reason": f"{len(lost) - LISTED} rarer reasons", "wished": False,
+                            "rows": sum(item["rows"] for number, item in enumerate(lost) if number not in often)})
         reasons += [item for item in row["dropped"] if item["wished"]]
         rows.append({"name": row["name"], "kept": row["documents"], "share": row["documents"] / total,
                      "reasons": [{**item, "share": item["rows"] / total} for item in reasons]})
     return rows
+
+
+def _breakable(name: str) -> Markup:
+    """A name that breaks after _ and - and not anywhere, where it is too long for its column."""
+    return Markup("<wbr>").join(part for part in re.split(r"(?<=[_-])", name) if part)
 
 
 def _tokens(value: float | None) -> str:

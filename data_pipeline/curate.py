@@ -45,6 +45,11 @@ class FilterTask:
         """For messages."""
         return self.shard.label
 
+    @property
+    def weight(self) -> int:
+        """Bytes to read, about."""
+        return self.shard.weight
+
 
 def filter_plans(dataset: DatasetConfig) -> tuple[FilterPlan, ...]:
     """The filters of `dataset` that judge one document at a time. Reads model and list files to hash them."""

@@ -18,7 +18,7 @@ from nanollama.data.files import DataError, sha256_json
 from nanollama.data.strict import to_mapping
 
 STAGE_VERSION = 1  # raise it when the same inputs would give other rows
-SHARD_BYTES = 32_000_000  # of text in a raw shard, at least
+SHARD_BYTES = 16_000_000  # of text in a raw shard, at least
 SHARD_ROWS = 200_000
 SHOWN_BAD = 5  # broken rows told of per part
 # what of a dataset's settings decides the rows that are read
@@ -41,6 +41,11 @@ class ReadTask:
     def label(self) -> str:
         """For messages."""
         return self.part.name
+
+    @property
+    def weight(self) -> int:
+        """Bytes to read."""
+        return self.part.bytes
 
 
 @dataclasses.dataclass(frozen=True)

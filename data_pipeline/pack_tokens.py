@@ -43,6 +43,11 @@ class ShardTask:
     output: str  # path of the result without suffix
 
     @property
+    def weight(self) -> int:
+        """Bytes to read."""
+        return int(self.shard["bytes"])
+
+    @property
     def tokens_path(self) -> Path:
         """u16 or u32 tokens of all documents, end to end."""
         return Path(self.output + ".tokens")

@@ -82,6 +82,11 @@ class Shard:
         """For messages."""
         return f"{self.dataset} shard {self.number}"
 
+    @property
+    def weight(self) -> int:
+        """Bytes of its file, about the work it is; who reads the file says when it is gone."""
+        return os.path.getsize(self.path) if os.path.exists(self.path) else 0
+
 
 class RawWriter:
     """Writes one raw shard; it gets its name when it is whole."""

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,11 @@ class PrepareTask:
         """For messages."""
         return f"{self.plan.type}: preparing"
 
+    @property
+    def weight(self) -> float:
+        """Before all that can be done without it."""
+        return math.inf
+
 
 def prepare_tasks(plans: Sequence[StepPlan], cache: Path) -> list[PrepareTask]:
     """One for each step that prepares something that is not there yet."""
@@ -136,6 +142,11 @@ class FeatureTask:
     def label(self) -> str:
         """For messages."""
         return f"{self.plan.type} of {self.shard.label}"
+
+    @property
+    def weight(self) -> int:
+        """Bytes to read, about."""
+        return self.shard.weight
 
 
 def run_step(plan: StepPlan, shards: Sequence[Shard], datasets: Sequence[DatasetConfig], executor: Executor,

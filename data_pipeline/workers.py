@@ -35,7 +35,9 @@ class Executor(Protocol):
 
     def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
         """(number of the task, its result) as they are done. Errors: the first task's error; DataError when the
-        process of a task died more than RETRIES times."""
+        process of a task died more than RETRIES times.
+
+        Tasks that have a `weight` (bytes to read, about) may be begun in the order of it, the heaviest first."""
         ...
 
     def __enter__(self) -> "Executor":
@@ -96,7 +98,8 @@ class LocalExecutor:
             for number, task in enumerate(tasks):
                 yield number, function(task)
             return
-        waiting = deque(range(len(tasks)))
+        # the heaviest first, so that none is begun last and waited for alone
+        waiting = deque(sorted(range(len(tasks)), key=lambda number: -getattr(tasks[number], "weight", 0)))
         tries = [0] * len(tasks)
         try:
             while waiting or any(worker.task is not None for worker in self._pool):

@@ -158,6 +158,21 @@ def test_a_page_of_an_empty_corpus_has_no_drawing() -> None:
     assert analysis_page.histogram(Lengths("tokens")) is None
 
 
+def test_the_reasons_that_are_lumped_together_are_the_rare_ones() -> None:
+    dropped = [{"stage": "s", "reason": f"r{number}", "rows": rows, "wished": False}
+               for number, rows in enumerate([1, 5, 1, *range(10, 20), 900, 3])]
+    facts = {"datasets": [{"name": "a", "rows_in": 2000, "documents": 940, "dropped": [
+        *dropped, {"stage": "dsir", "reason": "chosen", "rows": 2, "wished": True}]}]}
+    reasons = analysis_page._yields(facts)[0]["reasons"]
+    assert [(item["reason"], item["rows"]) for item in reasons] == [
+        ("r1", 5), *((f"r{number}", rows) for number, rows in enumerate(range(10, 20), 3)), ("r13", 900),
+        ("3 rarer reasons", 5), ("chosen", 2)]
+
+
+def test_long_names_break_at_their_joints_and_stay_escaped() -> None:
+    assert analysis_page._breakable("news_us-<b>_") == "news_<wbr>us-<wbr>&lt;b&gt;_"
+
+
 def test_an_estimate_by_hand() -> None:
     # Llama 2 7B: 6 x 6.74e9 x 2e12 tokens is 8.1e22 FLOPs; 184,320 A100 hours were reported (arXiv:2307.09288)
     inputs = Inputs(tokens=2e12, parameters=6.74e9, accelerator="a100", count=1000, mfu=0.4, price=1.5, pue=1.1,

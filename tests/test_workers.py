@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -44,6 +45,26 @@ def die(number: int) -> int:
     if number == 2:
         os._exit(9)
     return number
+
+
+class Heavy(NamedTuple):
+    folder: str
+    weight: int
+
+
+def begin(task: Heavy) -> int:
+    with open(Path(task.folder) / "begun", "a") as file:
+        file.write(f"{task.weight}\n")
+    return task.weight
+
+
+def test_the_heaviest_tasks_are_begun_first(tmp_path: Path) -> None:
+    tasks = [Heavy(str(tmp_path), weight) for weight in (1, 5, 2, 9, 3, 7)]
+    with LocalExecutor(2) as executor:
+        assert dict(executor.run(begin, tasks)) == {number: task.weight for number, task in enumerate(tasks)}
+    begun = [int(line) for line in (tmp_path / "begun").read_text().split()]
+    assert sorted(begun) == [1, 2, 3, 5, 7, 9]
+    assert {9, 7} >= {begun[0]} and {1, 2} >= {begun[-1]}
 
 
 def test_results_of_one_and_of_two_workers() -> None:
