@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from nanollama.config import ComputeConfig, MeshConfig, ModelConfig
 from nanollama.data.strict import FieldError
-from nanollama.kernels import tuning
+from nanollama.kernels import flash, tuning
 from nanollama.kernels.flash_programs import Tile, Tiles
 from nanollama.models import mesh_attention
 from nanollama.models.decoder import Decoder, init_params
@@ -96,18 +96,34 @@ def test_auto_chooses_by_device_mask_and_shape() -> None:
 def test_auto_follows_what_was_measured_as_far_as_the_mask_allows() -> None:
     packed, plain = MaskSpec(first_keys()), MaskSpec(jnp.zeros((2, 128), jnp.int32), documents=False)
     tiles = Tiles(Tile(32, 32), Tile(32, 64), Tile(64, 16))
+    mosaic_tiles = tuning.MOSAIC_TILES[128]
     entry = {"backend": "cudnn", "tiles": tuning.tiles_as_dict(tiles), "milliseconds": {}}
+    entry |= {"mosaic_tiles": tuning.tiles_as_dict(mosaic_tiles)}
     shapes = [tuning.Shape("bfloat16", 64, 64, 2, 128, is_plain) for is_plain in (True, False)]
     path = tuning.save("NVIDIA H200", {tuning.name(shape): entry for shape in shapes})
     assert json.loads(path.read_text())["jax"] == jax.__version__
     assert chosen(plain_gpu(), plain) == "cudnn"
     assert chosen(plain_gpu(), packed) == "pallas", "a table never makes documents leak"
-    assert tuning.lookup("NVIDIA H200", shapes[1]) == tuning.Choice("cudnn", tiles)
+    assert tuning.lookup("NVIDIA H200", shapes[1]) == tuning.Choice("cudnn", tiles, mosaic_tiles)
     assert tuning.lookup("NVIDIA H100", shapes[1]).tiles == tuning.DEFAULT_TILES[64]
     path.write_text("{}")
     tuning._entries.cache_clear()
     with pytest.raises(ValueError, match=r"not a table of measured tiles\. Delete it"):
         tuning.lookup("NVIDIA H200", shapes[0])
+
+
+def test_auto_takes_mosaic_only_where_it_was_measured_to_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, shape = MaskSpec(first_keys()), tuning.Shape("bfloat16", 64, 64, 2, 128, plain=False)
+    monkeypatch.setattr(flash, "MOSAIC_JAX", (0, 1))
+    assert chosen(plain_gpu(), packed) == "pallas"
+    tiles = {name: tuning.tiles_as_dict(Tiles()) for name in ("tiles", "mosaic_tiles")}
+    for kind in ("NVIDIA H200", "NVIDIA A100"):
+        tuning.save(kind, {tuning.name(shape): {"backend": "mosaic", **tiles, "milliseconds": {}}})
+    assert chosen(plain_gpu(), packed) == "mosaic"
+    assert chosen(plain_gpu(), packed, dtype=np.float32) == "pallas", "another shape of the table"
+    assert chosen(mesh_of("NVIDIA A100", "gpu"), packed) == "pallas", "no table makes it run where it cannot"
+    monkeypatch.setattr(flash, "MOSAIC_JAX", (99, 0))
+    assert chosen(plain_gpu(), packed) == "pallas"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +133,8 @@ def test_auto_follows_what_was_measured_as_far_as_the_mask_allows() -> None:
         ("cudnn", None, MaskSpec(first_keys()), {}, "it is for a GPU"),
         ("splash", plain_gpu(), MaskSpec(first_keys()), {}, "it is for a TPU, and this program is for a GPU"),
         ("pallas", plain_gpu(), MaskSpec(first_keys()), {"K": 24}, "head dim 24 is not a multiple of 16"),
+        ("mosaic", None, MaskSpec(first_keys()), {}, "it is for a GPU, and this program is for a CPU"),
+        ("mosaic", mesh_of("NVIDIA A100", "gpu"), MaskSpec(first_keys()), {}, "it is (for Hopper|written for)"),
         ("cudnn", plain_gpu(), MaskSpec(first_keys()), {}, "it knows no document boundaries"),
         (
             "cudnn", plain_gpu(), slide(MaskSpec(first_keys(), documents=False), jnp.int32(9)), {},
@@ -285,13 +303,19 @@ def test_kernels_on_a_mesh_are_the_kernels_on_one_device(sizes: tuple[int, int, 
 # --- lowering for devices that are not here
 
 
-@pytest.mark.parametrize(("mesh", "platform", "call"), [
-    (plain_gpu(), "cuda", "flash_kv_gradient"), (mesh_of("TPU v5", "tpu"), "tpu", "tpu_custom_call"),
+@pytest.mark.parametrize(("mesh", "platform", "backend", "calls"), [
+    (plain_gpu(), "cuda", "auto", ("flash_kv_gradient", "triton")),
+    (plain_gpu(), "cuda", "mosaic", ("flash_forward", "flash_q_gradient", "flash_kv_gradient", "mosaic_gpu")),
+    (mesh_of("TPU v5", "tpu"), "tpu", "auto", ("tpu_custom_call",)),
 ])  # fmt: skip
-def test_a_training_step_lowers_with_the_kernel_of_its_device(mesh: AbstractMesh, platform: str, call: str) -> None:
+def test_a_training_step_lowers_with_the_kernel_of_its_device(
+    mesh: AbstractMesh, platform: str, backend: Any, calls: tuple[str, ...]
+) -> None:
+    if backend == "mosaic" and jax.__version_info__ < flash.MOSAIC_JAX:
+        pytest.skip("this JAX has another interface of Mosaic GPU")
     model = dataclasses.replace(MODEL, head_dim=64)
-    decoder = Decoder(model, ComputeConfig(dtype="bfloat16", scan_unroll=1))
-    params = nn.unbox(jax.eval_shape(lambda: init_params(decoder, 0)))
+    decoder = Decoder(model, ComputeConfig(dtype="bfloat16", scan_unroll=1, attention=backend))
+    params = nn.unbox(jax.eval_shape(lambda: init_params(Decoder(model, ComputeConfig()), 0)))
     row = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
     def loss(params: Any, tokens: jax.Array, positions: jax.Array, first_key: jax.Array) -> jax.Array:
@@ -300,4 +324,4 @@ def test_a_training_step_lowers_with_the_kernel_of_its_device(mesh: AbstractMesh
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*[Tt]riton.*", DeprecationWarning)
         text = jax.jit(jax.grad(loss)).trace(params, row, row, row).lower(lowering_platforms=(platform,)).as_text()
-    assert call in text
+    assert all(call in text for call in calls)

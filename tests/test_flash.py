@@ -263,7 +263,7 @@ def test_every_tile_lowers_for_cuda(part: str, tile: Tile) -> None:
 def test_tuning_keeps_the_fastest_of_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are made up: 64 x 64 is the fastest forward tile, and one of the others does not compile."""
     seen: list[Tiles] = []
-    monkeypatch.setattr(tune, "flash", lambda problem, tiles, interpret: seen.append(tiles) or (lambda *x: x[0]))
+    monkeypatch.setattr(tune, "flash", lambda problem, tiles, *_: seen.append(tiles) or (lambda *x: x[0]))
 
     def clock(function: Any, arguments: Any) -> float:
         if seen[-1].q_gradient == Tile(64, 32, 4, 3):

@@ -19,16 +19,14 @@ from nanollama.kernels.flash_programs import Settings, Tile, Tiles
 from nanollama.planning import aot, targets
 from tests.test_flash import check, shifted
 
-# 0.11 has the kernels' interface too; its simulation of a GPU stops now and then where there are few CPU threads
-simulates = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="this JAX cannot simulate these kernels")
-lowers = pytest.mark.skipif(
+has_interface = pytest.mark.skipif(
     jax.__version_info__ < flash.MOSAIC_JAX, reason="this JAX has another interface of Mosaic GPU"
 )
 mosaic = functools.partial(flash_attention, compiler="mosaic")
 TWO = Tiles(Tile(128, 64, 12, 2), Tile(128, 64, 12, 2), Tile(64, 128, 12, 2))  # consumers
 
 
-@simulates
+@has_interface
 @pytest.mark.parametrize(
     "case",
     [
@@ -45,7 +43,7 @@ def test_mosaic_is_dense_attention(case: dict[str, Any]) -> None:
     check(**{"rows": 1, "function": mosaic, **case})
 
 
-@simulates
+@has_interface
 def test_warpgroups_do_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
     """One block of each kernel, more tiles than slots: barriers put reads and writes of shared memory in order."""
     from jax.experimental.pallas import mosaic_gpu
@@ -56,7 +54,7 @@ def test_warpgroups_do_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
     check(T=128, heads=(1, 1), dims=(64, 64), rows=1, tiles=tiles, function=mosaic)
 
 
-@simulates
+@has_interface
 def test_skipping_one_tile_too_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intervals, "key_tiles", shifted(intervals.key_tiles, intervals.LOW, 1))
     with pytest.raises(AssertionError, match="output"):
@@ -89,20 +87,20 @@ def program(dim: int, part: str, tile: Tile, sharding: Any = None) -> Any:
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
-@lowers
+@has_interface
 @pytest.mark.parametrize(("dim", "part", "tile"), CASES)
 def test_every_tile_lowers_for_cuda(dim: int, part: str, tile: Tile) -> None:
     text = program(dim, part, tile).as_text()
     assert f"flash_{part}" in text and "mosaic_gpu" in text
 
 
-@lowers
+@has_interface
 def test_a_tile_that_no_multiprocessor_holds_does_not_lower() -> None:
     with pytest.raises(ValueError, match="exceeds available shared memory"):
         program(128, "forward", Tile(128, 256, 12, 3))
 
 
-@lowers
+@has_interface
 @pytest.mark.skipif(aot.missing(targets.parse("h200x1")) is not None, reason="needs the extra cuda-plan")
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs CUDA's assembler")
 @pytest.mark.parametrize("dim", [64, 128])
