@@ -120,14 +120,12 @@ def test_a_backend_that_ignores_documents_is_caught(backend: str, monkeypatch: p
         check_packing(backend, gradients=False)
 
 
-def ignores_documents(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, *, backend: str) -> jax.Array:
-    return attend(q, k, v, MaskSpec(jnp.zeros_like(mask.first_key_BT), mask.query_start), backend=backend)
+def ignores_documents(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, **options: Any) -> jax.Array:
+    return attend(q, k, v, MaskSpec(jnp.zeros_like(mask.first_key_BT), mask.query_start), **options)
 
 
-def sees_the_next_token(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, *, backend: str
-) -> jax.Array:
-    return attend(q, k, v, MaskSpec(mask.first_key_BT, jnp.int32(1)), backend=backend)
+def sees_the_next_token(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, **options: Any) -> jax.Array:
+    return attend(q, k, v, MaskSpec(mask.first_key_BT, jnp.int32(1)), **options)
 
 
 # --- causality and isolation, by gradient
