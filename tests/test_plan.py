@@ -64,8 +64,8 @@ COMPILED = [
 @pytest.mark.parametrize("fp8", [False, True])
 def test_remat_dots_keeps_products_whose_gradients_are_our_own(fp8):
     config = tiny_config()
-    kept = {remat: memory.kept_bytes(config.model, ComputeConfig(dtype="bfloat16", remat=remat, fp8=fp8), config.loss, 64)
-            for remat in ("dots", "full")}  # fmt: skip
+    compute = {remat: ComputeConfig(dtype="bfloat16", remat=remat, fp8=fp8) for remat in ("dots", "full")}
+    kept = {remat: memory.kept_bytes(config.model, compute[remat], config.loss, 64) for remat in compute}
     products = 64 * 2 * config.model.num_layers * (2 * config.model.intermediate_size + config.model.hidden_size)
     assert kept["dots"][1] - kept["full"][1] > products
 
