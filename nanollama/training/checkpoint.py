@@ -34,6 +34,7 @@ from nanollama.training.integrity import find_damage, state_hashes, tree_hash, w
 __all__ = ["CheckpointError", "Checkpoints", "restore_params", "tree_hash"]
 
 log = logging.getLogger(__name__)
+CHUNK_BYTES, LEAST_CHUNK_BYTES = 16 << 20, 1 << 20  # what of an array is compressed, and later read, at one time
 
 
 class CheckpointError(DataError):
@@ -179,8 +180,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free / 1e9
         return CheckpointError(
             f"saving step {step} to {self.directory} failed: {str(error).strip().splitlines()[0]} ({free:.2f} GB free "
-            f"there). "
-            + (
+            "there). " + (
                 f"The checkpoint of step {good} is good: make room, and resume from it."
                 if good is not None
                 else "There is no earlier checkpoint: make room, and start again."
@@ -188,14 +188,8 @@ class Checkpoints:
         )
 
 
-CHUNK_BYTES, LEAST_CHUNK_BYTES = 16 << 20, 1 << 20  # what of an array is compressed, and later read, at one time
-
-
 def _in_chunks(array: Any) -> ocp.SaveArgs:
-    """Cut along the leading axes first (layers, experts): one of them can then be read without the others.
-
-    Without this a chunk is a device's whole share, all layers and experts of it.
-    """
+    """Cut along the leading axes first, so that a layer or expert is read alone; else a device's share is one chunk."""
     size, axes = array.nbytes, 0
     while size > CHUNK_BYTES and size // array.shape[axes] >= LEAST_CHUNK_BYTES:
         size, axes = size // array.shape[axes], axes + 1
@@ -260,7 +254,6 @@ class LazyCheckpoints(Checkpoints):
     def _arguments(self, state: Any) -> ocp.args.CheckpointArgs:
         def chunks(array: LazyArray) -> ocp.SaveArgs:  # a part is written at one time, so a chunk is never of two
             return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(array.stacked)))
-
         return ocp.args.PyTreeSave(state, save_args=jax.tree.map(chunks, state))
 
 
