@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import attention as benchmark
 from nanollama.kernels import flash, intervals, tune, tuning
 from nanollama.kernels.flash import flash_attention
 from nanollama.kernels.flash_programs import Settings, Tile, Tiles
@@ -168,3 +169,10 @@ def test_tuning_lets_it_win_only_with_the_right_results(monkeypatch: pytest.Monk
         assert entry["backend"] == backend
         assert entry["mosaic_tiles"]["forward"] == vars(fastest)
         assert entry["milliseconds"]["mosaic_forward_and_backward"] == 1.0
+
+
+def test_the_benchmark_measures_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = tune.Problem(1, 32, 2, 2, 64, plain=True)
+    for reason, measured in (("", True), ("it is for Hopper", False)):
+        monkeypatch.setattr(benchmark, "why_not_mosaic", lambda *_, reason=reason: reason)
+        assert ("mosaic" in benchmark.sides_of(problem, interpret=False)) == measured
