@@ -112,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", default="1024,4096,16384")
     parser.add_argument("--head-dims", default="64,128")
     parser.add_argument("--group", type=int, default=1, help="query heads per KV head")
-    parser.add_argument("--tune", action="store_true", help="first measure tiles (a minute a shape) and keep the best")
+    parser.add_argument(
+        "--tune", action="store_true", help="first measure tiles (minutes a shape) and keep the best"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
