@@ -148,7 +148,7 @@ def verdicts(done: dict[str, Any]) -> dict[str, Any]:
             "of_matmul_ceiling": round(f["plain"]["model_tflops"] / top, 3) if top else None,
             "packed_over_plain": round(f["packed"]["tokens_per_second"] / f["plain"]["tokens_per_second"], 3),
             "memory_formula_over_measured": memory["formula_over_measured"],
-            "memory_within_promise": abs(memory["formula_over_measured"] - 1) <= WITHIN,
+            "memory_within_promise": 1 - WITHIN <= memory["formula_over_measured"] <= 1 + WITHIN,
             **{
                 f"{kind}_over_torch": round(f[kind]["tokens_per_second"] / twin[kind]["tokens_per_second"], 3)
                 for kind in ("plain", "packed")

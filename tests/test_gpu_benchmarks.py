@@ -114,7 +114,7 @@ def test_verdicts() -> None:
         "ceilings": {"figures": {"matmul_tflops": 600.0}},
         "train 1b": {"figures": training(100, 0.89)},
         "torch 1b": {"figures": training(80, 1.0)},
-        "train 7b": {"figures": training(10, 1.1)},
+        "train 7b": {"figures": training(10, 1.09)},
     }
     found = gpu_all.verdicts(parts)
     assert found["train 1b"] == {
