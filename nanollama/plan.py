@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here, and not as the last line")
     parser.add_argument("--shardings", action="store_true", help="print where each parameter lives, and stop")
     options, rest = parser.parse_known_args(arguments)
-    if not jax.config.values.get("jax_platforms"):  # a plan needs no accelerator, and takes none from who uses it
+    # A plan needs no accelerator, and takes none from who uses it.
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined]  # options are attributes made at import
         jax.config.update("jax_platforms", "cpu")
     try:
         config = configs.load(options.config, configs.overrides(rest))

@@ -125,6 +125,11 @@ def test_dropout_is_in_training_only_and_of_seed_and_step() -> None:
     assert_close(without.evaluate(plain, batch), training.evaluate(training.state.params, batch), 1e-5)
 
 
+def test_dropout_is_refused_with_stages_before_any_work() -> None:
+    with pytest.raises(ConfigError, match=r"config\.lora\.dropout: is not 0, with config\.mesh\.stage > 1"):
+        Training(CONFIG, MeshConfig(1, stage=2))
+
+
 def test_muon_orthogonalises_both_factors() -> None:
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name="muon", learning_rate=1e-3))
     abstract = states.abstract_state(config, Training(config).optimizer)

@@ -95,6 +95,7 @@ class Training:
         self.step = program.make_train_step(config, self.decoder, self.optimizer, self.mesh, self.shardings)
         self.evaluate = program.make_eval_step(config, self.decoder, self.mesh, self.shardings)
         self.put = functools.partial(program.put_batch, config=config, mesh=self.mesh)
+        self._compiled: Any = None  # the step, once it was taken
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -104,8 +105,11 @@ class Training:
     def train(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """One step, as the loop does it; returns the metrics on the device."""
         on_device = self.put(batch)
+        if self._compiled is None:
+            plain = self.config.determinism == "same_mesh"  # the elastic step is several programs
+            self._compiled = self.step.lower(self.state, on_device).compile(QUICK) if plain else self.step
         with jax.transfer_guard("disallow"):
-            self.state, metrics = self.step(self.state, on_device)
+            self.state, metrics = self._compiled(self.state, on_device)
         return metrics
 
     def gradient_program(self, params: Any, batch: Any) -> tuple[Any, Any]:

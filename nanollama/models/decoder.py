@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanollama.config import ComputeConfig, ConfigError, LoraConfig, ModelConfig
+from nanollama.config import ComputeConfig, LoraConfig, ModelConfig
 from nanollama.kernels.flash import LSE_NAME, OUTPUT_NAME
 from nanollama.models import lora as loras
 from nanollama.models.attention import Context, attention, cache_heads
@@ -161,8 +161,7 @@ class Decoder(nn.Module):
     def _pipelined(self, x_BTD: jax.Array, stack: "Stack", context: Context, micro_batches: int) -> jax.Array:
         """The layers of a stack, cut over the mesh's pipeline stages."""
         count, layers = pipeline.stages(), stack.high - stack.low
-        if self.has_rng("dropout"):
-            raise ConfigError("config.lora.dropout", "is not 0, with config.mesh.stage", "Set one of them to 0.")
+        assert not self.has_rng("dropout"), "refused by training.step.check_layout"
         block = Block(self.model, self.compute, stack.experts, self.lora, parent=None)
         weights = jax.tree.map(
             lambda w: w.reshape(count, layers // count, *w.shape[1:]),

@@ -49,7 +49,7 @@ def make_train_step(
     batch: as `put_batch` returns it. metrics: scalars on the device, see `update`. Errors: ConfigError when the
     rows do not divide over devices and micro-batches.
     """
-    check_rows(config, mesh)
+    check_layout(config, mesh)
     gradient = make_gradient(config, decoder, mesh, shardings)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
@@ -101,8 +101,10 @@ def check_weights(arrays: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def check_rows(config: Config, mesh: Mesh) -> None:
-    """Rows must divide into micro-batches, and each micro-batch's rows over the devices."""
+def check_layout(config: Config, mesh: Mesh) -> None:
+    """Rows must divide into micro-batches, and each micro-batch's rows over the devices; no dropout with stages."""
+    if mesh.shape["stage"] > 1 and config.lora is not None and config.lora.dropout:
+        raise ConfigError("config.lora.dropout", "is not 0, with config.mesh.stage > 1", "Set it to 0, or stage to 1.")
     context.check_length(config.data.sequence_length, mesh.shape["context"])
     rows, micro_batches = config.batch.global_rows, config.batch.micro_batches
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
