@@ -109,19 +109,24 @@ def come_together(count: int, facts: list[dict], timeout: float = 20) -> list:
     return results
 
 
-def test_a_team_exchanges_and_leaves() -> None:
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_team_exchanges_and_leaves(slow: bool) -> None:
+    """slow: results are long on their way; the first process must not say goodbye before they are sent."""
     team = come_together(3, [{}] * 3)
     seen: list = [None] * 3
+    send = team[0]._send
+    if slow:
+        team[0]._send = lambda peer, message: (time.sleep(0.05 if "results" in message else 0), send(peer, message))
 
     def work(member: Connected) -> None:
         seen[member.process] = [member.exchange([member.process, number]) for number in range(20)]
         member.leave()
 
-    threads = [threading.Thread(target=work, args=(member,)) for member in team]
+    threads = [threading.Thread(target=work, args=(member,), daemon=True) for member in team]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=20)
     assert seen == [[[[process, number] for process in range(3)] for number in range(20)]] * 3
 
 

@@ -125,7 +125,10 @@ class Connected(Team):
         self._end(f"{self._names[peer]} is gone: killed, out of memory, or its host or network is down.")
 
     def _put(self, process: int, number: int, value: Any) -> None:
-        """Process 0: note a value; with the last one, send the results to all."""
+        """Process 0: note a value; with the last one, send the results to all.
+
+        To itself last: it may say goodbye as soon as it has them, and nobody reads on after that.
+        """
         with self._changed:
             values = self._rounds.setdefault(number, {})
             values[process] = value
@@ -133,10 +136,11 @@ class Connected(Team):
                 return
             results = [values[index] for index in range(self.processes)]
             del self._rounds[number]
-            self._results[number] = results
-            self._changed.notify_all()
         for peer in self._peers:
             self._send(peer, {"number": number, "results": results})
+        with self._changed:
+            self._results[number] = results
+            self._changed.notify_all()
 
     def _beat(self) -> None:
         while not self._ending:
