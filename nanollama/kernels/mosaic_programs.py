@@ -118,17 +118,23 @@ def forward(
 
     def produce() -> None:
         g = lax.div(h, jnp.int32(block.heads_per_kv_head))
-
-        def fetch(tile: jax.Array) -> None:
-            keys = pl.ds(tile * columns, columns)
-            k_ring.fill(tile - low, k_gmem.at[b, keys, g])
-            v_ring.fill(tile - low, v_gmem.at[b, keys, g])
-
-        each(low, high, fetch)
-        k_ring.drain(high - low)
-        v_ring.drain(high - low)
+        _feed([(k_ring, k_gmem), (v_ring, v_gmem)], b, g, low, high, columns)
 
     roles(consume, produce, block)
+
+
+def _feed(
+    rings: list[tuple[Ring, Any]], b: jax.Array, g: jax.Array, low: jax.Array, high: jax.Array, columns: int
+) -> None:
+    """What a producer of keys and values does: a KV head's tiles low .. high - 1, into the ring of each."""
+
+    def fetch(tile: jax.Array) -> None:
+        for ring, gmem in rings:
+            ring.fill(tile - low, gmem.at[b, pl.ds(tile * columns, columns), g])
+
+    each(low, high, fetch)
+    for ring, _ in rings:
+        ring.drain(high - low)
 
 
 def q_gradient(
@@ -190,15 +196,7 @@ def q_gradient(
 
     def produce() -> None:
         g = lax.div(h, jnp.int32(block.heads_per_kv_head))
-
-        def fetch(tile: jax.Array) -> None:
-            keys = pl.ds(tile * columns, columns)
-            k_ring.fill(tile - low, k_gmem.at[b, keys, g])
-            v_ring.fill(tile - low, v_gmem.at[b, keys, g])
-
-        each(low, high, fetch)
-        k_ring.drain(high - low)
-        v_ring.drain(high - low)
+        _feed([(k_ring, k_gmem), (v_ring, v_gmem)], b, g, low, high, columns)
 
     roles(consume, produce, block)
 
