@@ -10,8 +10,6 @@ written beside it. Tokenizer and language model are made first, and not counted.
 import argparse
 import json
 import os
-import platform
-import re
 import resource
 import subprocess
 import sys
@@ -20,20 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import machine
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "corpus.json"
 SOURCES = ("arxiv_abstracts_astroph", "books_eltec_eng", "code_python", "news_reuters21578", "technical_docs",
            "wikipedia_en")
 GOAL, GAIN_GOAL = 1.5, 1.7  # MB/s and core; one worker's wall time over two workers'
 VOCABULARY, RECORD = 16_000, 2048
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores and load."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = re.findall(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    return {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0)),
-            "load_average": [round(load, 2) for load in os.getloadavg()]}
 
 
 def timed(command: list[str], environment: dict[str, str]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from typing import Any
 os.environ["POLARS_MAX_THREADS"] = "1"  # read when polars is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import machine
 from data_pipeline.corpus import build_corpus
 from data_pipeline.filters import make_batch, make_filter
 from data_pipeline.language_model import build
@@ -131,13 +132,6 @@ def measure_datatrove(texts: list[str]) -> dict[str, dict[str, float]]:
     fast = rate(lambda: [scrub.format(text) for text in texts], size(texts))
     figures["pii"] = {"mb_per_core_second": round(fast, 2), "kept": 1.0}
     return figures
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on, without names of hosts or folders."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.processor(), "load_average": [round(x, 2) for x in os.getloadavg()]}
 
 
 def main() -> None:
