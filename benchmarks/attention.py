@@ -16,15 +16,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanollama.kernels import tune, tuning
+from nanollama.kernels.flash import why_not_mosaic
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from nanollama.kernels import tune, tuning  # noqa: E402
-from nanollama.kernels.flash import why_not_mosaic  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "attention.json"
 TOKENS = 16_384  # positions of a measurement, and H * K = 2048: as published tables have it

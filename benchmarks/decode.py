@@ -18,22 +18,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.machine import RESULTS, write
+from nanollama.config import ComputeConfig, ModelConfig
+from nanollama.generation.engine import Engine
+from nanollama.generation.sampling import SamplingConfig
+from nanollama.models.accounting import count_parameters, kv_cache_bytes
+from nanollama.models.decoder import Decoder, init_params
+from nanollama.models.families import preset
+from nanollama.parallel import backend
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import flax.linen as nn  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from benchmarks.machine import RESULTS, write  # noqa: E402
-from nanollama.config import ComputeConfig, ModelConfig  # noqa: E402
-from nanollama.generation.engine import Engine  # noqa: E402
-from nanollama.generation.sampling import SamplingConfig  # noqa: E402
-from nanollama.models.accounting import count_parameters, kv_cache_bytes  # noqa: E402
-from nanollama.models.decoder import Decoder, init_params  # noqa: E402
-from nanollama.models.families import preset  # noqa: E402
-from nanollama.parallel import backend  # noqa: E402
 
 TINY = ModelConfig(256, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
 

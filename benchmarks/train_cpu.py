@@ -21,12 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import workload  # noqa: E402
-from benchmarks.machine import machine  # noqa: E402
-from nanollama.models.accounting import count_parameters  # noqa: E402
+from benchmarks import workload
+from benchmarks.machine import machine
+from nanollama.models.accounting import count_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
 
 RESULTS = ROOT / "benchmarks" / "results" / "train_cpu.json"
 GOLDEN = ROOT / "tests" / "golden" / "torch_losses_200.json"

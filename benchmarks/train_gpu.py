@@ -22,27 +22,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import numpy as np
+
+from benchmarks import workload
+from benchmarks.jax_side import config_of
+from benchmarks.machine import RESULTS, write
+from nanollama.config import ComputeConfig, Config, ModelConfig
+from nanollama.models.accounting import MFU_CONVENTION, count_parameters, mfu
+from nanollama.models.decoder import Decoder
+from nanollama.models.families import preset
+from nanollama.parallel import backend
+from nanollama.parallel.mesh import make_mesh, mesh_sizes
+from nanollama.planning import here
+from nanollama.planning.memory import estimate
+from nanollama.planning.targets import DEVICES, GIB
+from nanollama.training.optim import make_optimizer
+from nanollama.training.state import init_state
+from nanollama.training.step import make_train_step, put_batch
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-
-from benchmarks import workload  # noqa: E402
-from benchmarks.jax_side import config_of  # noqa: E402
-from benchmarks.machine import RESULTS, write  # noqa: E402
-from nanollama.config import ComputeConfig, Config, ModelConfig  # noqa: E402
-from nanollama.models.accounting import MFU_CONVENTION, count_parameters, mfu  # noqa: E402
-from nanollama.models.decoder import Decoder  # noqa: E402
-from nanollama.models.families import preset  # noqa: E402
-from nanollama.parallel import backend  # noqa: E402
-from nanollama.parallel.mesh import make_mesh, mesh_sizes  # noqa: E402
-from nanollama.planning import here  # noqa: E402
-from nanollama.planning.memory import estimate  # noqa: E402
-from nanollama.planning.targets import DEVICES, GIB  # noqa: E402
-from nanollama.training.optim import make_optimizer  # noqa: E402
-from nanollama.training.state import init_state  # noqa: E402
-from nanollama.training.step import make_train_step, put_batch  # noqa: E402
 
 WARM_UP, TIMED, GROUPS = 2, 4, 3  # steps that are not timed; steps timed together, and how often
 BATCHES = 2  # different ones, in turn
