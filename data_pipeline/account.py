@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow.compute
 
-from data_pipeline.config import DatasetConfig
+from data_pipeline.dataset import DatasetConfig
 from data_pipeline.sampling import SECTION as SAMPLING
 from data_pipeline.shards import Shard, alive_rows, read_columns
 from nanollama.data.files import DataError

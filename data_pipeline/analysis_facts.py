@@ -14,8 +14,8 @@ import pyarrow.parquet
 
 from data_pipeline.account import WISHES
 from data_pipeline.corpus_format import read_manifest, read_shard
+from data_pipeline.dataset import BYTES_PER_TOKEN
 from data_pipeline.documents import language_of
-from data_pipeline.mixture_schema import BYTES_PER_TOKEN
 from data_pipeline.progress import Progress
 from nanollama.data.files import DataError, read_json
 from nanollama.data.packed import DOCUMENTS_FILE, MANIFEST_FILE

@@ -11,32 +11,20 @@ import re
 from typing import Any
 
 from data_pipeline.conversations import LAYOUTS
-from data_pipeline.filters import make_filter
-from data_pipeline.mixture_schema import (
+from data_pipeline.dataset import (
     PACKAGE_METADATA,
     PYTHON_STDLIB,
     DatasetConfig,
-    DatasetSampling,
-    Metadata,
-    MixtureConfig,
-    Validation,
     available_tokens,
-    epochs_of,
     format_of,
-    layout_of,
     paths_of,
-    removes_duplicates,
 )
+from data_pipeline.filters import make_filter
+from data_pipeline.mixture_schema import Metadata, MixtureConfig, epochs_of
 from data_pipeline.steps import BY_SIZE, SECTIONS, make_sampling, make_step
 from data_pipeline.variables import expand_variables
 from data_pipeline.yaml_lines import YamlError, line_of, load_with_lines
 from nanollama.data.strict import FieldError, from_mapping, nearest, to_mapping
-
-__all__ = [
-    "PACKAGE_METADATA", "PYTHON_STDLIB", "DatasetConfig", "DatasetSampling", "Metadata", "MixtureConfig",
-    "MixtureError", "Validation", "epochs_of", "format_of", "layout_of", "load_mixture",
-    "mixture_mapping", "paths_of", "removes_duplicates",
-]
 
 ROOT = "mixture"
 RATIO_SLACK = 1e-3  # what the mix_ratio may miss 1 by

@@ -20,9 +20,10 @@ from typing import Any
 
 from data_pipeline import cards, corpus_format
 from data_pipeline.account import Counts
-from data_pipeline.config import MixtureConfig, load_mixture
+from data_pipeline.config import load_mixture
 from data_pipeline.corpus_run import Plan, Run
 from data_pipeline.mixture import plan_of
+from data_pipeline.mixture_schema import MixtureConfig
 from data_pipeline.progress import Progress
 from data_pipeline.sampling import sample
 from data_pipeline.stage import command, disk_full_explained, finished

@@ -17,10 +17,12 @@ from typing import Any
 
 from data_pipeline import account, cards, corpus_format, whole
 from data_pipeline.account import Counts
-from data_pipeline.config import DatasetConfig, MixtureConfig, format_of, mixture_mapping
+from data_pipeline.config import mixture_mapping
 from data_pipeline.curate import FilterTask, filter_plans, filter_task, judge_shard
+from data_pipeline.dataset import DatasetConfig, format_of
 from data_pipeline.download import ReadResult, ReadTask, read_part, read_so_far, read_task, reads_head, shards_of
 from data_pipeline.materialise import DropsTask, OutputTask, plan_outputs, write_drops, write_output
+from data_pipeline.mixture_schema import MixtureConfig
 from data_pipeline.progress import Progress
 from data_pipeline.shards import Facts, Shard, text_facts
 from data_pipeline.sources import Input, Part, open_source

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_pipeline.config import DatasetConfig
+from data_pipeline.dataset import DatasetConfig
 from data_pipeline.filters import ExactDuplicateFilter, Filter, filter_key, make_filter
 from data_pipeline.filters.base import Batch
 from data_pipeline.shards import Shard, Sidecar, read_slices, sidecar_table, texts_table, write_table

@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import DatasetConfig, format_of
+from data_pipeline.dataset import DatasetConfig, format_of
 from data_pipeline.documents import Bad
 from data_pipeline.shards import RawWriter, Shard, write_marker
 from data_pipeline.sources import Part, State

@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import cards
-from data_pipeline.config import (
+from data_pipeline.config import load_mixture, mixture_mapping
+from data_pipeline.dataset import (
+    BYTES_PER_TOKEN,
     DatasetConfig,
-    MixtureConfig,
-    epochs_of,
+    available_tokens,
     format_of,
-    load_mixture,
-    mixture_mapping,
     paths_of,
     removes_duplicates,
 )
 from data_pipeline.documents import Bad, Document, text_digest
 from data_pipeline.filters import make_batch
-from data_pipeline.mixture_schema import BYTES_PER_TOKEN, available_tokens
+from data_pipeline.mixture_schema import MixtureConfig, epochs_of
 from data_pipeline.progress import Progress
 from data_pipeline.sources import open_source, read_all
 from data_pipeline.stage import command

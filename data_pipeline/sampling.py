@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_pipeline.config import DatasetConfig
+from data_pipeline.dataset import DatasetConfig
 from data_pipeline.documents import hash_fraction
 from data_pipeline.shards import Shard, Sidecar, sidecar_table, text_facts, write_table
 from nanollama.data.files import sha256_json

@@ -20,8 +20,8 @@ import polars as pl
 import pyarrow
 import pyarrow.compute
 
-from data_pipeline.config import DatasetConfig
 from data_pipeline.corpus_step import DOCUMENTS, CorpusStep, FeatureFile
+from data_pipeline.dataset import DatasetConfig
 from data_pipeline.documents import text_digest
 from data_pipeline.filters.base import Batch
 from data_pipeline.shards import (

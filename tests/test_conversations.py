@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.config import DatasetConfig
 from data_pipeline.conversations import LAYOUTS, Conversation, read_conversation, text_of
+from data_pipeline.dataset import DatasetConfig
 from data_pipeline.documents import Bad, BadText, Document
 from data_pipeline.sources import open_source, read_all
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import MixtureError, format_of, layout_of, load_mixture, mixture_mapping
+from data_pipeline.config import MixtureError, load_mixture, mixture_mapping
+from data_pipeline.dataset import format_of, layout_of
 from data_pipeline.steps import make_sampling
 from nanollama.data.files import sha256_json
 

@@ -15,8 +15,8 @@ import pytest
 from corpora import documents, jsonl, mixture
 
 from data_pipeline import download
-from data_pipeline.config import DatasetConfig
 from data_pipeline.corpus import build_corpus
+from data_pipeline.dataset import DatasetConfig
 from data_pipeline.documents import Bad, Document, iso_date
 from data_pipeline.sources import Source, open_source, read_all
 from data_pipeline.sources.files import FileSource

@@ -16,8 +16,8 @@ import pyarrow.parquet
 import pytest
 from corpora import documents, jsonl, mixture
 
-from data_pipeline.config import DatasetConfig
 from data_pipeline.corpus import build_corpus
+from data_pipeline.dataset import DatasetConfig
 from data_pipeline.documents import Bad, Document
 from data_pipeline.sources import open_source, read_all
 from data_pipeline.sources.python_code import docstrings, stdlib_files

@@ -24,8 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.corpus_step import FeatureFile
+from data_pipeline.dataset import DatasetConfig
 from data_pipeline.dedup.spool import file_array
+from data_pipeline.documents import Document
 from data_pipeline.select.resample import Floats, draws, gumbel_keys, top
+from data_pipeline.sources import open_source, read_all
 from data_pipeline.text import words
 from data_pipeline.text.words import Hashes, Positions, WordHashes, word_hashes
 from data_pipeline.variables import expand_variables
@@ -101,7 +104,6 @@ class ImportanceResampling:
 
     def resources(self) -> dict[str, str]:
         """The content of the target's files. A name without a file is a dataset's, whose shards are in the key."""
-        from data_pipeline.sources import open_source  # knows mixtures, which know this step
         result = {"words": str(words.VERSION)}
         for path in self.target:
             dataset = _dataset(path)
@@ -118,8 +120,6 @@ class ImportanceResampling:
         return hashed_buckets(made, self.buckets)
 
     def _count_file(self, path: str) -> npt.NDArray[np.int64]:
-        from data_pipeline.documents import Document
-        from data_pipeline.sources import open_source, read_all
         dataset = _dataset(path)
         if dataset is None:
             raise DataError(f"selection: target {path!r} is no dataset of this mixture and no file. Name one of them.")
@@ -220,9 +220,8 @@ def _read(shard: FeatureFile) -> Iterator[tuple[Positions, npt.NDArray[Any]]]:
             yield offsets - offsets[0], part["buckets"].flatten().to_numpy()
 
 
-def _dataset(path: str) -> Any:
+def _dataset(path: str) -> DatasetConfig | None:
     """A dataset that reads `path`, or None where it names no file."""
-    from data_pipeline.config import DatasetConfig
     if not any(mark in path for mark in "/.*$"):
         return None
     return DatasetConfig("target", expand_variables(path, "target"), 1.0)

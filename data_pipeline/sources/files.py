@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data_pipeline.config import DatasetConfig, format_of, layout_of
 from data_pipeline.conversations import needed_names
+from data_pipeline.dataset import DatasetConfig, format_of, layout_of
 from data_pipeline.documents import Bad, Document, Place, iso_date, make_document, text_digest
 from data_pipeline.sources.base import Input, State
 from data_pipeline.sources.python_code import decode_source, docstrings

@@ -7,7 +7,7 @@ import glob
 import os
 from pathlib import Path
 
-from data_pipeline.config import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, paths_of
+from data_pipeline.dataset import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, paths_of
 from data_pipeline.sources.remote import FileRef, find_urls, is_url
 from data_pipeline.variables import expand_variables
 from nanollama.data.files import DataError

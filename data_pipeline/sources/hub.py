@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipeline.config import DatasetConfig, paths_of
+from data_pipeline.dataset import DatasetConfig, paths_of
 from data_pipeline.documents import Bad, Document, Place
 from data_pipeline.sources.base import Input, State
 from data_pipeline.sources.remote import FileRef

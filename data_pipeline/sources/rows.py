@@ -5,8 +5,8 @@ Owns what a row must have. Knows nothing of the file or hub that the row is from
 
 from typing import Any
 
-from data_pipeline.config import DatasetConfig, layout_of
 from data_pipeline.conversations import read_conversation, text_of
+from data_pipeline.dataset import DatasetConfig, layout_of
 from data_pipeline.documents import Bad, BadText, Document, Place, iso_date, make_document, scalar_meta
 
 
