@@ -24,7 +24,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model = ConfigDict(preset("llama-micro" if local else "nanollama-1b"))
     config.compute = ConfigDict()
     config.compute.dtype = "float32" if local else "bfloat16"  # parameters and optimizer state stay float32
-    config.compute.remat = "none" if local else "dots"
+    config.compute.remat = "none"  # with as many micro-batches as fit, nothing needs to be computed twice
     config.compute.loss_chunk_tokens = 1024 if local else 4096
 
     config.data = ConfigDict()
@@ -41,7 +41,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.batch = ConfigDict()
     config.batch.global_rows = 8 if local else 128  # 128 x 4096 = 524,288 tokens per step
-    config.batch.micro_batches = 2 if local else 1  # raise when a step does not fit into memory
+    config.batch.micro_batches = 2 if local else 0  # 0: the fewest that fit the devices, one H100 or a pod
 
     config.optimizer = ConfigDict({"name": "adamw", "learning_rate": 1e-3 if local else 3e-4})
     config.optimizer.b2 = 0.95

@@ -3,7 +3,7 @@
     python -m nanollama.plan --config=configs/pretrain_7b.py --target=h100x8
     python -m nanollama.plan --config=configs/pretrain_7b.py --target=v5p-256
 
-Everything but the model, the batch and the layout is phase 1's. `micro=N` cuts the batch into N micro-batches.
+Everything but the model, the batch and the layout is phase 1's.
 """
 
 import runpy
@@ -16,7 +16,7 @@ from nanollama.models.families import preset
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    micro_batches = parse_arg(argument, micro=1)["micro"]
+    parse_arg(argument)  # it takes none
     config = runpy.run_path(str(Path(__file__).with_name("phase1.py")))["get_config"]()
     config.name = "pretrain-7b"
     config.steps = 140_000  # 140,000 steps x 1,048,576 tokens = 147B tokens, 20 per parameter
@@ -26,6 +26,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.compute.scan_unroll = 1  # 32 unrolled layers compile for many minutes
 
     config.batch.global_rows = 256  # 256 x 4096 = 1,048,576 tokens per step
-    config.batch.micro_batches = micro_batches
     config.mesh = ConfigDict({"data": 1, "fsdp": -1})
     return config

@@ -69,7 +69,8 @@ class BatchConfig:
     """Rows per optimizer step and how they are cut."""
 
     global_rows: int
-    micro_batches: int = 1  # gradient accumulation; in elastic mode the fixed unit of computation
+    # Gradient accumulation; in elastic mode the fixed unit of computation. 0: the fewest whose step fits the devices.
+    micro_batches: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +278,6 @@ def check(config: Config) -> None:
     positive = {
         "config.steps": config.steps,
         "config.batch.global_rows": batch.global_rows,
-        "config.batch.micro_batches": batch.micro_batches,
         "config.data.sequence_length": data.sequence_length,
         "config.data.threads": data.threads,
         "config.optimizer.learning_rate": config.optimizer.learning_rate,
@@ -291,7 +291,14 @@ def check(config: Config) -> None:
     check_model(model)
     if not data.sets:
         raise ConfigError("config.data.sets", "is empty", "Name at least one packed set.")
-    if batch.global_rows % batch.micro_batches:
+    if batch.micro_batches == 0:
+        if config.determinism == "elastic" or config.mesh.stage != 1:
+            raise ConfigError(
+                "config.batch.micro_batches",
+                "0 (as few as fit) in elastic mode or with stages, where the number is part of what is computed",
+                "Give a number.",
+            )
+    elif batch.micro_batches < 0 or batch.global_rows % batch.micro_batches:
         raise ConfigError(
             "config.batch.micro_batches",
             f"{batch.micro_batches} does not divide global_rows={batch.global_rows}",

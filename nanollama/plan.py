@@ -68,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plan(config: Config, target: Target, *, compile_it: str = "auto", price: float | None = None,
          carbon: float = targets.CARBON) -> tuple[dict[str, Any], str]:  # fmt: skip
     """(figures, report). Errors: ConfigError where the config cannot run on so many devices at all."""
-    option = knobs.evaluate(config, target)
     room = target.device.memory
+    fitted = not config.batch.micro_batches
+    kernel = target.device.platform != "cpu"
+    config = knobs.with_micro_batches(config, mesh_sizes(config.mesh, target.count), room, kernel=kernel)
+    option = knobs.evaluate(config, target)
     options = knobs.fitting(config, target, room)
     refused = _rows_refused(config, option.sizes)
     if refused:  # the best setting that can run is planned instead
@@ -82,7 +85,7 @@ def plan(config: Config, target: Target, *, compile_it: str = "auto", price: flo
     fits = tried is option and (compiled.total if compiled else option.memory.total) <= room
     fits = fits and not refused and not why_not.startswith("out of memory")
     cost = roofline.bill(config, target, option.time.total, price=price, carbon=carbon)
-    verdict = Verdict(config, target, option, options, tried, compiled, why_not, fits, cost, str(refused or ""))
+    verdict = Verdict(config, target, option, options, tried, compiled, why_not, fits, cost, str(refused or ""), fitted)
     return _figures(verdict), _report(verdict)
 
 
@@ -100,6 +103,7 @@ class Verdict:
     fits: bool  # the config as it is
     cost: roofline.Bill
     refused: str  # why the config as it is cannot run on so many devices, if it cannot
+    fitted: bool  # the config left the number of micro-batches open
 
 
 def _rows_refused(config: Config, sizes: dict[str, int]) -> ConfigError | None:
@@ -149,6 +153,7 @@ def _figures(v: Verdict) -> dict[str, Any]:
         "non_embedding": count.non_embedding,
         "flops_per_token": flops.train,
         "tokens_per_step": config.batch.global_rows * config.data.sequence_length,
+        "micro_batches": config.batch.micro_batches,
         "rows_per_device": memory.rows_on_device(config, option.sizes),
         "formula": formula,
         "compiled": {**dataclasses.asdict(compiled), "total": compiled.total,
@@ -176,12 +181,13 @@ def _heading(v: Verdict) -> list[str]:
     config, target, sizes = v.option.config, v.target, v.option.sizes
     count, rows, length = count_parameters(config.model), config.batch.global_rows, config.data.sequence_length
     flops, micro = flops_per_token(config.model, length).train, config.batch.micro_batches
+    fitted = ", as few as fit" if v.fitted else ""
     lines = [
         f"{config.name} on {target.count} x {target.device.kind}",
         f"model      {count.total:,} parameters ({count.non_embedding:,} without the embedding), {flops / 1e9:.4g} "
         "GFLOP per token",
         f"batch      {rows} rows x {length:,} = {rows * length:,} tokens a step; {micro} micro-batch"
-        f"{'es' if micro > 1 else ''} of {memory.rows_on_device(config, sizes)} rows on a device",
+        f"{'es' if micro > 1 else ''} of {memory.rows_on_device(config, sizes)} rows on a device{fitted}",
         f"mesh       {' x '.join(f'{axis} {size}' for axis, size in sizes.items())}; remat {config.compute.remat}, "
         f"{config.compute.dtype}",
     ]

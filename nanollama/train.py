@@ -6,6 +6,7 @@ A step's figures are read while the next step runs, so the device never waits fo
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import signal
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from nanollama import config as configs
 from nanollama.config import Config, ConfigError, as_dict
@@ -52,6 +54,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
     config = initial.with_new_rows(config, workdir)
     say(describe(config), flush=True)
     mesh = make_mesh(config.mesh)
+    config = fitted(config, workdir, mesh, team)
     if warning := here.check_memory(config, mesh.size):
         say(warning, flush=True)
     mixture = open_mixture(config.data, split="train", vocab_size=config.model.vocab_size)
@@ -153,6 +156,18 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         if team.first:
             run_folder.add_result(workdir, "training", {"step": config.steps, "validation": figures})
     return True
+
+
+def fitted(config: Config, workdir: Path, mesh: Mesh, team: Team) -> Config:
+    """`config` with as many micro-batches as the devices' memory asks for, where it leaves that open; all agree."""
+    if config.batch.micro_batches:
+        return config
+    config = here.with_micro_batches(config, workdir, mesh.size)
+    most = max(team.exchange(config.batch.micro_batches))
+    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_batches=most))
+    if team.first:
+        print(f"micro-batches: {most}, the fewest that fit the devices' memory (batch.micro_batches=0)", flush=True)
+    return config
 
 
 def _quiet(*_: object, **__: object) -> None:

@@ -53,9 +53,9 @@ def test_state_bytes_are_those_on_a_device():
 # arguments and temporaries. docs/decisions.md has the table with the formula's figures beside them.
 COMPILED = [
     ("configs/phase1.py", "h200x1", {"batch.micro_batches": 16, "compute.remat": "none"}, 12.30, 53.86),
-    ("configs/phase1.py", "h200x1", {"batch.micro_batches": 16}, 12.30, 34.08),
+    ("configs/phase1.py", "h200x1", {"batch.micro_batches": 16, "compute.remat": "dots"}, 12.30, 34.08),
     ("configs/phase1.py", "h200x1", {"batch.micro_batches": 16, "compute.remat": "full"}, 12.30, 13.38),
-    ("configs/phase1.py", "h200x2", {"batch.micro_batches": 4}, 6.15, 57.19),
+    ("configs/phase1.py", "h200x2", {"batch.micro_batches": 4, "compute.remat": "dots"}, 6.15, 57.19),
     ("configs/phase1.py", "h100x2", {"batch.micro_batches": 8, "compute.remat": "full"}, 6.15, 10.69),
     ("configs/pretrain_7b.py", "h100x8", {"batch.micro_batches": 16}, 9.42, 11.43),
 ]
@@ -110,7 +110,7 @@ def test_compiled_for_a_machine_that_is_not_here(target):
 
 def test_command_line(capsys, tmp_path):
     command = [f"--config={ROOT / 'configs/phase1.py'}", "--target=h200x1", "--compile=no"]
-    assert plan.main(command) == 1
+    assert plan.main([*command, "--config.batch.micro_batches=1"]) == 1
     *text, last = capsys.readouterr().out.splitlines()
     figures = json.loads(last)
     assert not figures["fits"] and figures["parameters"] == 1_100_048_384
@@ -121,6 +121,30 @@ def test_command_line(capsys, tmp_path):
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures["fits"] and 0.3 < figures["run"]["mfu"] < 0.66
     assert figures["run"]["dollars"] == pytest.approx(figures["run"]["days"] * 24 * 3.8)
+
+
+@pytest.mark.parametrize(("spec", "target", "count"), [
+    ("configs/phase1.py", "h200x1", 16), ("configs/phase1.py", "h100x1", 32), ("configs/phase1.py", "h100x8", 2),
+    ("configs/phase1.py", "h200x64", 1), ("configs/pretrain_7b.py", "h100x8", 2),
+    ("configs/pretrain_7b.py", "v5p-256", 1),
+])  # fmt: skip
+def test_micro_batches_are_as_few_as_fit_the_target(capsys, spec, target, count):
+    """One config from one GPU to a pod; half as many would not fit with the margin that the formula needs."""
+    assert plan.main([f"--config={ROOT / spec}", f"--target={target}", "--compile=no"]) == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    figures = json.loads(last)
+    room = figures["target"]["memory"]
+    assert figures["micro_batches"] == count and knobs.MARGIN * figures["formula"]["total"] <= room
+    assert "as few as fit" in text[2]
+    if count > 1:
+        config = configs.load(str(ROOT / spec), [f"batch.micro_batches={count // 2}"])
+        assert knobs.MARGIN * knobs.evaluate(config, targets.parse(target)).memory.total > room
+
+
+@pytest.mark.parametrize("changes", [{"determinism": "elastic"}, {"mesh": MeshConfig(stage=2)}])
+def test_micro_batches_that_are_part_of_what_is_computed_are_never_chosen(changes):
+    with pytest.raises(ConfigError, match=r"config\.batch\.micro_batches: 0 \(as few as fit\).* Give a number"):
+        configs.check(tiny_config(rows=16, micro_batches=0, **changes))
 
 
 def test_rows_that_do_not_divide_are_planned_with_settings_that_do(capsys):

@@ -16,8 +16,10 @@ import pytest
 from packed_sets import make_packed_set, make_tokenizer
 
 from nanollama import train as front_door
-from nanollama.config import Config, resolve
+from nanollama.config import Config, MeshConfig, resolve
 from nanollama.data.files import DataError, Lock
+from nanollama.parallel.mesh import mesh_sizes
+from nanollama.planning import here, knobs, memory
 from nanollama.training.checkpoint import restore_params, tree_hash
 from nanollama.training.metrics import read_metrics
 from nanollama.training.watch import NotFinite
@@ -53,6 +55,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer(folder / "tokenizer", 400)
     make_packed_set(folder / "packed", tokenizer=tokenizer, record_length=64, documents=300, seed=0)
     return folder
+
+
+def test_micro_batches_fit_the_memory_and_stay_when_the_run_goes_on(data, tmp_path, monkeypatch, capsys):
+    fields = settings(data, steps=1, batch=dict(micro_batches=0), schedule=dict(warmup_steps=0),
+                      evaluation=dict(every=0))
+    sizes = mesh_sizes(MeshConfig(), 1)
+    half = resolve(fields | {"batch": dict(global_rows=8, micro_batches=2)})
+    needed = memory.estimate(half, sizes, kernel=False).total
+    monkeypatch.setattr(here, "device_memory", lambda count: knobs.MARGIN * needed)
+    assert front_door.train(resolve(fields), tmp_path / "run")
+    assert "micro-batches: 2, the fewest that fit" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/config.json").read_text())["batch"]["micro_batches"] == 2
+    monkeypatch.setattr(here, "device_memory", lambda count: 10 * knobs.MARGIN * needed)
+    assert here.with_micro_batches(resolve(fields), tmp_path / "run", 1).batch.micro_batches == 2, "it rounds as before"
+    assert here.with_micro_batches(resolve(fields), tmp_path / "other", 1).batch.micro_batches == 1
 
 
 @pytest.fixture

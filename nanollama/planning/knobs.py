@@ -15,6 +15,8 @@ from nanollama.planning.targets import Target
 
 Remat = Literal["none", "dots", "names", "full"]
 REMAT: tuple[Remat, ...] = ("none", "dots", "names", "full")
+# The formula is up to 16 % below what compilers say (docs/decisions.md); what is chosen by it alone must fit for sure.
+MARGIN = 1.16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,19 @@ def micro_batches(config: Config, sizes: Sizes) -> list[int]:
         return [config.batch.micro_batches]
     rows = config.batch.global_rows // batch_shards(sizes)
     return [count for count in range(1, rows + 1) if config.batch.global_rows % (count * batch_shards(sizes)) == 0]
+
+
+def with_micro_batches(config: Config, sizes: Sizes, room: float | None, *, kernel: bool) -> Config:
+    """`config` with as few micro-batches as fit `room` bytes a device, where it leaves their number open (0).
+
+    Where none fits, the most that the rows allow; one where `room` is not known. kernel: as `memory.estimate`.
+    """
+    changed = config
+    for count in [] if config.batch.micro_batches else micro_batches(config, sizes) or [1]:
+        changed = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_batches=count))
+        if room is None or MARGIN * estimate(changed, sizes, kernel=kernel).total <= room:
+            break
+    return changed
 
 
 def _first(config: Config, target: Target, mesh: MeshConfig, remat: Remat, room: float) -> Option | None:
