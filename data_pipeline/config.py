@@ -24,13 +24,14 @@ from data_pipeline.mixture_schema import Metadata, MixtureConfig, epochs_of
 from data_pipeline.steps import BY_SIZE, SECTIONS, make_sampling, make_step
 from data_pipeline.variables import expand_variables
 from data_pipeline.yaml_lines import YamlError, line_of, load_with_lines
+from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError, from_mapping, nearest, to_mapping
 
 ROOT = "mixture"
 RATIO_SLACK = 1e-3  # what the mix_ratio may miss 1 by
 
 
-class MixtureError(ValueError):
+class MixtureError(DataError):
     """A mixture file that cannot be used; names file, line, field, what is wrong and how to mend it."""
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import nanollama
-from data_pipeline.config import MixtureError
 from nanollama.data.files import DataError, read_json, sha256_file
 
 WORK = ".work"  # unfinished output, inside the output directory so that a rename moves it into place
@@ -86,7 +85,7 @@ def command(main: Callable[[], Any]) -> None:
     """Run a command line: an expected error is one message and exit code 1, an interrupt 130."""
     try:
         main()
-    except (DataError, MixtureError, OSError) as error:  # anything else is a bug and keeps its trace
+    except (DataError, OSError) as error:  # anything else is a bug and keeps its trace
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
