@@ -27,7 +27,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.shards import Facts, Shard, text_facts
 from data_pipeline.sources import Input, Part, open_source
 from data_pipeline.stage import WORK, code_version
-from data_pipeline.workers import Executor
+from data_pipeline.tasks import Executor
 from nanollama.data.files import DataError, sha256_file, sha256_json, write_atomic, write_json
 
 STAGE_VERSION = 2  # raise it when the same inputs would give other bytes

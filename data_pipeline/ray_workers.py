@@ -1,4 +1,4 @@
-"""Whole-shard tasks as tasks of a Ray cluster (extra `ray`), behind the protocol of `workers`.
+"""Whole-shard tasks as tasks of a Ray cluster (extra `ray`), behind the protocol of `tasks`.
 
 Owns joining the cluster (RAY_ADDRESS, or one of this machine's processors started for the run) and what the death of
 a worker or a node means. Tasks read and write files, so all nodes must see the same folders. The bytes are those of
@@ -9,13 +9,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-from data_pipeline.workers import RETRIES, attempt, short_name
+from data_pipeline.tasks import RETRIES, Result, Task, attempt, short_name
 from nanollama.data.files import DataError
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 AHEAD = 2  # tasks submitted per processor of the cluster: enough that none waits, few enough to hold
 
 

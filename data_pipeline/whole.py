@@ -36,7 +36,7 @@ from data_pipeline.shards import (
     write_table,
 )
 from data_pipeline.steps import make_step
-from data_pipeline.workers import Executor
+from data_pipeline.tasks import Executor
 from nanollama.data.files import DataError, canonical_json, sha256_json
 from nanollama.data.strict import to_mapping
 
