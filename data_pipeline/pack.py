@@ -146,7 +146,7 @@ def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest
                   config.seed, str(work / "tokens" / f"{index:05d}"))
         for index, shard in enumerate(corpus_manifest["shards"])
     ]
-    with Progress("pack") as progress, LocalExecutor(workers) as executor:
+    with Progress("pack") as progress, LocalExecutor(workers, soon=len(tasks)) as executor:
         _tokenize(tasks, executor, progress)
         documents = load_documents(tasks, config.validation_fraction)
         _check_split_sizes(documents, config)
