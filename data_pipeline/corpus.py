@@ -10,6 +10,7 @@ DIR/shards and DIR/manifest.json are the corpus; DIR/decisions holds what every 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -27,6 +28,7 @@ from data_pipeline.mixture_schema import MixtureConfig
 from data_pipeline.progress import Progress
 from data_pipeline.sampling import sample
 from data_pipeline.stage import command, disk_full_explained, finished
+from data_pipeline.tasks import Executor
 from data_pipeline.workers import ENGINES, open_executor
 from nanollama.data.files import DataError, Lock, write_json
 
@@ -56,12 +58,19 @@ def build_corpus(config: str | os.PathLike[str],
     mixture = load_mixture(config)
     if limit_mb is not None:
         mixture = _limited(mixture, limit_mb)
-    plan = Plan.of(mixture, Path(config).name)
-    if analyze_only:
-        with tempfile.TemporaryDirectory(prefix="nanollama-analyze-") as temporary:
-            return _build(plan, Path(temporary), "sample", workers, engine)
-    output = Path(output)
-    with Lock(output), disk_full_explained(output):
+    with contextlib.ExitStack() as stack:
+        if workers is None:
+            plan = Plan.of(mixture, Path(config).name)
+            executor = stack.enter_context(open_executor(engine, _workers(plan, engine)))
+        else:  # they start up while this process plans
+            executor = stack.enter_context(open_executor(engine, workers, soon=len(mixture.datasets)))
+            plan = Plan.of(mixture, Path(config).name)
+        if analyze_only:
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanollama-analyze-"))
+            return _build(plan, Path(temporary), "sample", executor)
+        output = Path(output)
+        stack.enter_context(Lock(output))
+        stack.enter_context(disk_full_explained(output))
         if step == "full":
             done = finished(output, corpus_format.MANIFEST, plan.head["fingerprint"],
                             lambda manifest: [*manifest["shards"], manifest["dropped"], manifest["decisions"]])
@@ -69,7 +78,12 @@ def build_corpus(config: str | os.PathLike[str],
                 print(f"{output}: up to date, nothing to do", file=sys.stderr)
                 return done
         write_json(output / PLAN, plan_of(mixture, Path(config).name))
-        return _build(plan, output, step, workers, engine)
+        return _build(plan, output, step, executor)
+
+
+def _workers(plan: Plan, engine: str) -> int:
+    little = sum(row["bytes"] for row in plan.inputs) < SMALL_BYTES
+    return 1 if little and engine == "local" else len(os.sched_getaffinity(0))
 
 
 def _limited(mixture: MixtureConfig, limit_mb: float) -> MixtureConfig:
@@ -81,11 +95,8 @@ def _limited(mixture: MixtureConfig, limit_mb: float) -> MixtureConfig:
         for dataset in mixture.datasets))
 
 
-def _build(plan: Plan, output: Path, step: str, workers: int | None, engine: str) -> dict[str, Any]:
-    size = sum(row["bytes"] for row in plan.inputs)
-    if workers is None:
-        workers = 1 if size < SMALL_BYTES and engine == "local" else len(os.sched_getaffinity(0))
-    with Progress("corpus") as progress, open_executor(engine, workers) as executor:
+def _build(plan: Plan, output: Path, step: str, executor: Executor) -> dict[str, Any]:
+    with Progress("corpus") as progress:
         run = Run(plan, output, executor, progress)
         shards = run.download() if step == "download" else run.curate()
         if step in ("select", "sample", "full"):

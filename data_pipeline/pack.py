@@ -1,8 +1,8 @@
 """`python -m data_pipeline.pack --corpus=DIR --tokenizer=DIR --output=DIR --record-length=N`: pack a corpus.
 
-Owns the order of the work: tokenize shards (in processes; a finished shard is not done again after a kill),
-split by document, pack, write, read everything back and compare, put in place with the manifest last. The
-same inputs give the same bytes for any number of workers.
+Owns the order of the work: tokenize shards, split by document and plan the records, write files, read everything back
+and compare, put in place with the manifest last. All but the plan is done in processes; a finished shard or file is not
+made again after a kill. The same inputs give the same bytes for any number of workers.
 """
 
 import argparse
@@ -18,15 +18,16 @@ import numpy as np
 
 from data_pipeline import cards, pack_card
 from data_pipeline.corpus_format import read_manifest
+from data_pipeline.pack_files import FileTask, check_records, check_tasks, write_file
 from data_pipeline.pack_records import (
     SPLITS,
     WINDOW_DOCUMENTS,
     Documents,
-    TokenStore,
-    check_split,
+    TableTask,
     load_documents,
-    write_documents,
-    write_split,
+    plan_split,
+    table_task,
+    write_table,
 )
 from data_pipeline.pack_tokens import ShardTask, token_dtype, tokenize_shard
 from data_pipeline.progress import Progress
@@ -39,7 +40,8 @@ from data_pipeline.stage import (
     require_space,
     work_directory,
 )
-from data_pipeline.workers import run_tasks
+from data_pipeline.tasks import Executor
+from data_pipeline.workers import LocalExecutor
 from nanollama.data.files import DataError, Lock, sha256_json, write_atomic, write_json
 from nanollama.data.packed import DOCUMENTS_FILE, MANIFEST_FILE, SCHEMA_VERSION, dataset_id
 from nanollama.data.strict import nearest
@@ -138,23 +140,22 @@ def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest
            tokenizer: Tokenizer, config: PackConfig, work: Path, workers: int) -> dict[str, Any]:
     """Everything up to the manifest, in `work`."""
     sources = [row["name"] for row in corpus_manifest["datasets"]]
-    for name in ("tokens", "set"):
+    for name in ("tokens", "recipes", "set"):
         (work / name).mkdir(exist_ok=True)
     tasks = [
         ShardTask(os.fspath(corpus), shard, tuple(sources), os.fspath(tokenizer.directory), tokenizer.sha256,
                   config.seed, str(work / "tokens" / f"{index:05d}"))
         for index, shard in enumerate(corpus_manifest["shards"])
     ]
-    with Progress("pack") as progress:
-        _tokenize(tasks, workers, progress)
+    with Progress("pack") as progress, LocalExecutor(workers, soon=len(tasks)) as executor:
+        _tokenize(tasks, executor, progress)
         documents = load_documents(tasks, config.validation_fraction)
         _check_split_sizes(documents, config)
-        store = TokenStore(tasks, documents, token_dtype(tokenizer.vocab_size))
-        files, splits = [], {}
-        for split in SPLITS:
-            rows, splits[split] = _pack_split(split, documents, store, config, work / "set", progress)
-            files += rows
-    files.append(write_documents(tasks, documents, sources, work / "set"))
+        dtype = token_dtype(tokenizer.vocab_size)
+        planned = {split: plan_split(split, documents, tasks, dtype, config.record_length, work) for split in SPLITS}
+        table = table_task(documents, tasks, sources, work)
+        rows = _write([*(file for split in SPLITS for file in planned[split]), table], executor, progress)
+        splits = {split: _checked(split, planned[split], documents, config, executor, progress) for split in SPLITS}
     account = {row["name"]: {"rows_in": row["rows_in"], "kept": row["kept"], "dropped": row["dropped"]}
             for row in corpus_manifest["datasets"]}
     if sum(row["kept"] for row in account.values()) != len(documents.tokens):
@@ -164,7 +165,7 @@ def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest
         **head, "record_length": config.record_length, "splits": splits, "sources": sources,
         "weights": {row["name"]: row["mix_ratio"] for row in corpus_manifest["datasets"]},
         "source_counts": {split: _source_counts(split, documents, sources) for split in SPLITS},
-        "files": files, "seed": config.seed, "validation_fraction": config.validation_fraction, "packing": {
+        "files": rows, "seed": config.seed, "validation_fraction": config.validation_fraction, "packing": {
             "method": "best-fit-decreasing, long documents chained", "window_documents": WINDOW_DOCUMENTS
         }, "rows": account, "mixture": corpus_manifest["mixture"]
     }
@@ -172,10 +173,10 @@ def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest
     return manifest
 
 
-def _tokenize(tasks: list[ShardTask], workers: int, progress: Progress) -> None:
+def _tokenize(tasks: list[ShardTask], executor: Executor, progress: Progress) -> None:
     total = sum(task.shard["documents"] for task in tasks)
     documents = tokens = 0
-    for more_documents, more_tokens in run_tasks(tokenize_shard, tasks, workers):
+    for _, (more_documents, more_tokens) in executor.run(tokenize_shard, tasks):
         documents, tokens = documents + more_documents, tokens + more_tokens
         progress.update("tokenizing",
                         documents / max(total, 1),
@@ -190,24 +191,35 @@ def _check_split_sizes(documents: Documents, config: PackConfig) -> None:
             f"(it is {config.validation_fraction}; 0 holds nothing out), change --seed, or add documents.")
 
 
-def _pack_split(split: str, documents: Documents, store: TokenStore, config: PackConfig, directory: Path,
-                progress: Progress) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _write(tasks: list[FileTask | TableTask], executor: Executor, progress: Progress) -> list[dict[str, Any]]:
+    """The files' rows for the manifest, in the order of `tasks`."""
+    rows: dict[int, dict[str, Any]] = {}
+    total, done = sum(task.weight for task in tasks), 0
+    for number, row in executor.run(_write_one, tasks):
+        rows[number] = row
+        done += tasks[number].weight
+        progress.update("packing", done / max(total, 1), f"{done / 1e6:.2f} M tokens", force=len(rows) == len(tasks))
+    return [rows[number] for number in range(len(tasks))]
+
+
+def _write_one(task: FileTask | TableTask) -> dict[str, Any]:
+    return write_file(task) if isinstance(task, FileTask) else write_table(task)
+
+
+def _checked(split: str, files: list[FileTask], documents: Documents, config: PackConfig, executor: Executor,
+             progress: Progress) -> dict[str, int]:
+    """The account of a split, whose records are all read back."""
+    tasks = [task for file in files for task in check_tasks(file)]
     chosen = documents.validation == (split == "validation")
-    total = int(documents.tokens[chosen].sum())
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        progress.update(f"packing {split}",
-                        done / max(total, 1),
-                        f"{done / 1e6:.2f} M tokens",
-                        force=done == total)
-
-    files = write_split(split, documents, store, config.record_length, directory, report)
-    records, tokens = check_split(split, files, directory, documents, store, config.record_length)
-    return files, {"records": records, "tokens": tokens, "padding": records * config.record_length - tokens,
-                   "documents": int(chosen.sum()), "bytes_of_text": int(documents.bytes[chosen].sum())}
+    total, tokens = int(documents.tokens[chosen].sum()), 0
+    for _, more in executor.run(check_records, tasks):
+        tokens += more
+        progress.update(f"checking {split}", tokens / max(total, 1), f"{tokens / 1e6:.2f} M tokens")
+    if tokens != total:
+        raise DataError(f"{split}: {total:,} tokens in, {tokens:,} in records. This is a bug; please report it.")
+    records = sum(file.records for file in files)
+    return {"records": records, "tokens": tokens, "padding": records * config.record_length - tokens,
+            "documents": int(chosen.sum()), "bytes_of_text": int(documents.bytes[chosen].sum())}
 
 
 def _source_counts(split: str, documents: Documents, sources: list[str]) -> dict[str, dict[str, int]]:
@@ -244,7 +256,7 @@ def _main() -> None:
                         help="tokens in a record; sequences are this long or a multiple of it")
     parser.add_argument("--validation-fraction", type=float, help="default: the mixture's validation.ratio")
     parser.add_argument("--seed", type=int, help="of the split; default: the mixture's validation.seed")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--per-dataset", action="store_true",
                         help="one packed set for each dataset, in OUTPUT/NAME: what the trainer mixes by weight")
     arguments = parser.parse_args()

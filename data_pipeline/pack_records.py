@@ -1,7 +1,7 @@
-"""Packing, second half: token files to packed records, their files, and the proof that no token is lost.
+"""Packing, second part: which documents are in which record of which file, and the proof that no token is lost.
 
-Owns the order of records and documents on disk. One process, streaming: memory is a window of documents and a
-few integers per document. Knows nothing of text.
+Owns the order of records and documents on disk. Decided in one process from lengths alone, streaming: memory is the
+recipe of one file and a few integers per document. Writing and reading back is `pack_files`. Knows nothing of text.
 """
 
 import dataclasses
@@ -13,20 +13,18 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from data_pipeline.bestfit import Piece, plan
+from data_pipeline.bestfit import plan
+from data_pipeline.pack_files import FileTask, Recipe
 from data_pipeline.pack_tokens import ShardTask
 from nanollama.data.files import DataError, sha256_file
-from nanollama.data.format import Record, decode_record, encode_record
-from nanollama.data.packed import DOCUMENTS_FILE, WRITER_OPTIONS
+from nanollama.data.packed import DOCUMENTS_FILE
 
 SPLITS = ("train", "validation")
 WINDOW_DOCUMENTS = 10_000
 LANES = 128
 WINDOW_RECORDS = 2_000  # a window also holds this much text: its last record is the one with room left over
 FILE_BYTES = 256_000_000  # of tokens in one file, before compression
-READ_RECORDS = 1_000
 
 
 @dataclasses.dataclass
@@ -39,30 +37,9 @@ class Documents:
     bytes: np.ndarray  # [N] uint64
     characters: np.ndarray  # [N] uint64
     first: np.ndarray  # [shards + 1] first document of each shard
-    record: np.ndarray  # [N] uint32, first record within the split; filled by `write_split`
-    segment: np.ndarray  # [N] uint32, segment within that record; filled by `write_split`
-
-
-class TokenStore:
-    """Tokens of any document, from the memory-mapped shard files."""
-
-    def __init__(self, tasks: list[ShardTask], documents: Documents, dtype: np.dtype):
-        self._tasks, self._documents, self._dtype = tasks, documents, dtype
-        self._shard = -1
-        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def get(self, document: int) -> np.ndarray:
-        """All tokens of a document, as a view."""
-        shard = int(np.searchsorted(self._documents.first, document, "right")) - 1
-        if shard not in self._open:
-            if len(self._open) > 8 * LANES:  # reading goes on in LANES shards at a time
-                self._open.pop(next(iter(self._open)))
-            start, stop = self._documents.first[shard:shard + 2]
-            ends = np.cumsum(self._documents.tokens[start:stop], dtype=np.int64)
-            self._open[shard] = (np.memmap(self._tasks[shard].tokens_path, self._dtype, "r"), ends)
-        tokens, ends = self._open[shard]
-        index = document - int(self._documents.first[shard])
-        return tokens[int(ends[index - 1]) if index else 0:int(ends[index])]
+    places: np.ndarray  # [N] int64, first token in the file of its shard
+    record: np.ndarray  # [N] uint32, first record within the split; filled by `plan_split`
+    segment: np.ndarray  # [N] uint32, segment within that record; filled by `plan_split`
 
 
 def load_documents(tasks: list[ShardTask], validation_fraction: float) -> Documents:
@@ -96,10 +73,11 @@ def load_documents(tasks: list[ShardTask], validation_fraction: float) -> Docume
     validation = whole["place"] < validation_fraction
     if validation_fraction > 0 and not validation.any() and count > 1:
         validation = whole["place"] == whole["place"].min()
+    before = [np.cumsum(column, dtype=np.int64) - column for column in columns["tokens"]]
     return Documents(
         tokens=whole["tokens"], sources=whole["source"], validation=validation, bytes=whole["bytes"],
         characters=whole["characters"], first=np.cumsum([0, *(len(column) for column in columns["tokens"])]),
-        record=np.zeros(count, np.uint32), segment=np.zeros(count, np.uint32))
+        places=np.concatenate(before), record=np.zeros(count, np.uint32), segment=np.zeros(count, np.uint32))
 
 
 def interleaved(first: np.ndarray) -> np.ndarray:
@@ -126,124 +104,120 @@ def windows(lengths: np.ndarray, record_length: int) -> Iterator[tuple[int, int]
         yield start, len(lengths)
 
 
-def write_split(split: str, documents: Documents, store: TokenStore, record_length: int, directory: Path,
-                report: Any) -> list[dict[str, Any]]:
-    """Write the records of one split, fill documents.record and .segment; returns its files' rows."""
+def plan_split(split: str, documents: Documents, tasks: list[ShardTask], dtype: np.dtype, record_length: int,
+               work: Path) -> list[FileTask]:
+    """The files of one split, their recipes in `work`/recipes; fills documents.record and .segment.
+
+    Errors: DataError when a plan does not hold every token of every document once, in order.
+    """
     chosen = interleaved(documents.first)
     chosen = chosen[documents.validation[chosen] == (split == "validation")]
-    writer = _RecordWriter(directory, split, max(1, FILE_BYTES // (4 * record_length)))
+    per_file = max(1, FILE_BYTES // (4 * record_length))
+    paths = tuple(str(task.tokens_path) for task in tasks)
+    files: list[FileTask] = []
+    waiting: list[Recipe] = []
+    records = 0
+
+    def emit(recipe: Recipe) -> None:
+        name = f"{split}-{len(files):05d}"
+        path = work / "recipes" / f"{name}.npz"
+        recipe.save(path)
+        files.append(FileTask(split, str(work / "set" / f"{name}.array_record"), str(path), paths, dtype.str,
+                              record_length, recipe.records, int(recipe.lengths.sum())))
+
     for start, stop in windows(documents.tokens[chosen], record_length):
-        members = chosen[start:stop]
-        for pieces in plan(documents.tokens[members].tolist(), record_length):
-            for segment, piece in enumerate(pieces):
-                if piece.start == 0:
-                    documents.record[members[piece.item]] = writer.records
-                    documents.segment[members[piece.item]] = segment
-            writer.write(encode_record(_record(pieces, members, documents, store)))
-        report(int(documents.tokens[members].sum()))
-    return writer.finish()
+        waiting.append(_window(split, chosen[start:stop], documents, record_length, records))
+        records += waiting[-1].records
+        while sum(one.records for one in waiting) >= per_file:
+            whole = Recipe.joined(waiting)
+            emit(whole.cut(0, per_file))
+            waiting = [whole.cut(per_file, whole.records)]
+    if waiting and (rest := Recipe.joined(waiting)).records:
+        emit(rest)
+    return files
 
 
-def _record(pieces: list[Piece], members: np.ndarray, documents: Documents, store: TokenStore) -> Record:
-    rows = [int(members[piece.item]) for piece in pieces]
-    parts = [store.get(row)[piece.start:piece.stop] for row, piece in zip(rows, pieces, strict=True)]
-    starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
-    return Record(np.concatenate(parts), starts.astype(np.uint32), np.array(rows, np.uint32),
-                  documents.sources[rows])
+def _window(split: str, members: np.ndarray, documents: Documents, record_length: int, before: int) -> Recipe:
+    """The records of documents that are packed together; `before`: records of the split so far."""
+    planned = plan(documents.tokens[members].tolist(), record_length)
+    pieces = np.array([piece for record in planned for piece in record], np.int64).reshape(-1, 3)
+    rows, starts, stops = members[pieces[:, 0]], pieces[:, 1], pieces[:, 2]
+    first = np.concatenate([[0], np.cumsum([len(record) for record in planned])]).astype(np.int64)
+    _check_cover(split, members, rows, starts, stops, documents)
+    heads = np.flatnonzero(starts == 0)
+    record = np.searchsorted(first, heads, "right") - 1
+    documents.record[rows[heads]] = before + record
+    documents.segment[rows[heads]] = heads - first[record]
+    return Recipe(rows.astype(np.uint32), documents.sources[rows],
+                  (np.searchsorted(documents.first, rows, "right") - 1).astype(np.uint32),
+                  documents.places[rows] + starts, (stops - starts).astype(np.uint32), first)
 
 
-class _RecordWriter:
-    """Numbered ArrayRecord files of one split."""
-
-    def __init__(self, directory: Path, split: str, per_file: int):
-        self.directory, self.split, self.per_file = directory, split, per_file
-        self.records = 0
-        self._files: list[dict[str, Any]] = []
-        self._writer: ArrayRecordWriter | None = None
-
-    def write(self, data: bytes) -> None:
-        if self._writer is None:
-            self._path = self.directory / f"{self.split}-{len(self._files):05d}.array_record"
-            self._writer, self._first = ArrayRecordWriter(str(self._path), WRITER_OPTIONS), self.records
-        self._writer.write(data)
-        self.records += 1
-        if self.records - self._first >= self.per_file:
-            self.finish()
-
-    def finish(self) -> list[dict[str, Any]]:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._files.append({
-                "path": self._path.name, "split": self.split, "bytes": self._path.stat().st_size,
-                "sha256": sha256_file(self._path), "records": self.records - self._first
-            })
-        return self._files
+def _check_cover(split: str, members: np.ndarray, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray,
+                 documents: Documents) -> None:
+    """Every piece of a document goes on where the one before it ended, and all of them hold all of its tokens."""
+    order = np.argsort(rows, kind="stable")
+    rows, starts, stops = rows[order], starts[order], stops[order]
+    again = np.concatenate([[False], rows[1:] == rows[:-1]])
+    goes_on = starts == np.where(again, np.roll(stops, 1), 0)
+    if not goes_on.all():
+        piece = int(np.flatnonzero(~goes_on)[0])
+        raise DataError(f"{split}: tokens {starts[piece]}..{stops[piece]} of document {rows[piece]} are not the next "
+                        "of it. This is a bug; please report it.")
+    last = np.concatenate([~again[1:], [True]]) if len(rows) else again
+    if not np.array_equal(rows[last], np.sort(members)) or (stops[last] != documents.tokens[rows[last]]).any():
+        raise DataError(f"{split}: {int(documents.tokens[members].sum()):,} tokens in, "
+                        f"{int((stops - starts).sum()):,} planned for records. This is a bug; please report it.")
 
 
-def check_split(split: str, files: list[dict[str, Any]], directory: Path, documents: Documents,
-                store: TokenStore, record_length: int) -> tuple[int, int]:
-    """Read the written records back and compare every token with its document; returns (records, tokens).
+@dataclasses.dataclass(frozen=True)
+class TableTask:
+    """docs.parquet."""
 
-    Errors: DataError when a token is lost, repeated, changed, or in the wrong split.
-    """
-    reached = np.zeros(len(documents.tokens), np.int64)
-    records = tokens = 0
-    for data in _read_back([directory / file["path"] for file in files]):
-        record = decode_record(data)
-        stops = np.append(record.starts[1:], len(record.tokens))
-        for start, stop, row in zip(record.starts.tolist(),
-                                    stops.tolist(),
-                                    record.documents.tolist(),
-                                    strict=True):
-            expected = store.get(row)[reached[row]:reached[row] + stop - start]
-            if not np.array_equal(expected, record.tokens[start:stop]):
-                raise DataError(
-                    f"{split} record {records}: tokens {start}..{stop} are not the next of document {row}. "
-                    "This is a bug; please report it.")
-            reached[row] += stop - start
-        if len(record.tokens) > record_length:
-            raise DataError(
-                f"{split} record {records}: {len(record.tokens)} tokens, record length {record_length}.")
-        records += 1
-        tokens += len(record.tokens)
-    wanted = np.where(documents.validation == (split == "validation"), documents.tokens, 0)
-    if not np.array_equal(reached, wanted):
-        row = int(np.flatnonzero(reached != wanted)[0])
-        raise DataError(
-            f"{split}: {int(wanted.sum()):,} tokens in, {tokens:,} in records; first document that differs: "
-            f"{row} ({wanted[row]} tokens, {reached[row]} found). This is a bug; please report it.")
-    return records, tokens
+    path: str
+    tables: tuple[str, ...]  # of the documents, by shard
+    sources: tuple[str, ...]
+    laid: str  # path: where every document went
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return DOCUMENTS_FILE
+
+    @property
+    def weight(self) -> int:
+        """Less than any file of records."""
+        return 0
 
 
-def _read_back(paths: list[Path]) -> Iterator[bytes]:
-    for path in paths:
-        reader = ArrayRecordReader(str(path))
-        try:
-            count = reader.num_records()
-            for start in range(0, count, READ_RECORDS):
-                yield from reader.read(start, min(start + READ_RECORDS, count))
-        finally:
-            reader.close()
+def table_task(documents: Documents, tasks: list[ShardTask], sources: list[str], work: Path) -> TableTask:
+    """The task for docs.parquet, once all splits are planned."""
+    laid = work / "recipes" / "documents.npz"
+    with open(laid, "wb") as file:
+        np.savez(file, first=documents.first, validation=documents.validation, record=documents.record,
+                 segment=documents.segment)
+    return TableTask(str(work / "set" / DOCUMENTS_FILE), tuple(str(task.table_path) for task in tasks), tuple(sources),
+                     str(laid))
 
 
-def write_documents(tasks: list[ShardTask], documents: Documents, sources: list[str],
-                    directory: Path) -> dict[str, Any]:
+def write_table(task: TableTask) -> dict[str, Any]:
     """docs.parquet: one row a document, from token back to source. Returns its row for the manifest."""
-    path = directory / DOCUMENTS_FILE
+    path = Path(task.path)
+    with np.load(task.laid) as laid:
+        first, validation, record, segment = (laid[name] for name in ("first", "validation", "record", "segment"))
     writer: pyarrow.parquet.ParquetWriter | None = None
     try:
-        for shard, task in enumerate(tasks):
-            table = pyarrow.parquet.read_table(task.table_path)
-            start, stop = (int(edge) for edge in documents.first[shard:shard + 2])
-            split = np.where(documents.validation[start:stop], "validation", "train")
+        for shard, table_path in enumerate(task.tables):
+            table = pyarrow.parquet.read_table(table_path)
+            start, stop = (int(edge) for edge in first[shard:shard + 2])
+            split = np.where(validation[start:stop], "validation", "train")
             rows = pyarrow.table({
                 "doc": pyarrow.array(np.arange(start, stop, dtype=np.uint32)),
                 "doc_id": table.column("doc_id"),
-                "source": pyarrow.array(sources).take(table.column("source").combine_chunks()),
+                "source": pyarrow.array(task.sources).take(table.column("source").combine_chunks()),
                 "split": pyarrow.array(split.tolist(), pyarrow.string()),
-                "record": pyarrow.array(documents.record[start:stop]),
-                "segment": pyarrow.array(documents.segment[start:stop]), "tokens": table.column("tokens"),
+                "record": pyarrow.array(record[start:stop]),
+                "segment": pyarrow.array(segment[start:stop]), "tokens": table.column("tokens"),
                 "bytes": table.column("bytes"), "characters": table.column("characters"),
                 "sha256": table.column("sha256"), "meta": table.column("meta")
             })
@@ -254,4 +228,4 @@ def write_documents(tasks: list[ShardTask], documents: Documents, sources: list[
         if writer is not None:
             writer.close()
     return {"path": DOCUMENTS_FILE, "split": None, "bytes": path.stat().st_size, "sha256": sha256_file(path),
-            "records": len(documents.tokens)}
+            "records": len(record)}

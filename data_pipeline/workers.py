@@ -24,20 +24,13 @@ ENGINES = ("local", "ray")
 _THREADS = ("POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS")
 
 
-def open_executor(engine: str, workers: int) -> Executor:
-    """The executor called `engine`. Errors: DataError when it is not installed."""
+def open_executor(engine: str, workers: int, soon: int = 0) -> Executor:
+    """The executor called `engine`; `soon`: see LocalExecutor. Errors: DataError when it is not installed."""
     if engine == "ray":
         from data_pipeline.ray_workers import RayExecutor
 
         return RayExecutor(workers)
-    return LocalExecutor(workers)
-
-
-def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-    """Results of `function` on every task, in the order they are done, on this machine."""
-    with LocalExecutor(workers) as executor:
-        for _, result in executor.run(function, tasks):
-            yield result
+    return LocalExecutor(workers, soon=soon)
 
 
 @dataclasses.dataclass
@@ -48,22 +41,25 @@ class _Worker:
 
 
 class LocalExecutor:
-    """Up to `workers` spawned processes, kept from one `run` to the next."""
+    """Up to `workers` spawned processes, kept from one `run` to the next. As many as `soon` tasks will need are
+    started on entering, so that they start up while the caller finds out what the tasks are."""
 
-    def __init__(self, workers: int, retries: int = RETRIES):
+    def __init__(self, workers: int, retries: int = RETRIES, soon: int = 0):
         self.workers, self.retries = max(1, workers), retries
+        self._soon = soon
         self._pool: list[_Worker] = []
         self._context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
 
     def __enter__(self) -> "LocalExecutor":
+        if (count := min(self.workers, self._soon)) > 1:
+            self._pool = [self._start() for _ in range(count)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        for worker in self._pool:
-            if kind is not None:
-                worker.process.kill()
-            worker.pipe.close()  # an idle worker ends when its pipe does
+        for worker in self._pool:  # idle, or its task is no longer wanted: taking an interpreter down takes longer
+            worker.process.kill()
+            worker.pipe.close()
         for worker in self._pool:
             worker.process.join()
         self._pool = []

@@ -312,6 +312,13 @@ def test_a_list_is_strict(tmp_path, text, message):
         load_list(path)
 
 
+def test_a_list_that_changes_is_read_again(tmp_path):
+    path = tmp_path / "list.yaml"
+    for name in ("a", "b"):  # of one length, within the clock's grain
+        path.write_text(f"sets:\n  - {{name: {name}, path: x, fields: [q]}}\n")
+        assert list(load_list(path)) == [name]
+
+
 def read(tmp_path, content, name="set.json", **fields):
     path = tmp_path / name
     path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 from corpora import documents, files_of, jsonl, mixture
 
-from data_pipeline import corpus_format, pack_records, pack_tokens
+from data_pipeline import corpus_format, pack_files, pack_records, pack_tokens
 from data_pipeline.bestfit import Piece, plan
 from data_pipeline.corpus import build_corpus
 from data_pipeline.pack import build_packed, pack_datasets
@@ -187,32 +187,35 @@ def test_derived_and_equal_texts_follow_the_held_out_one(tmp_path: Path) -> None
         assert split[f"prose/{name}"] == split[f"copies/copies.jsonl:{number + 1}"]
 
 
-@pytest.mark.parametrize("mutant", ["loses", "repeats", "changes", "mixes"])
+@pytest.mark.parametrize("mutant", ["loses", "repeats", "cuts", "changes", "mixes"])
 def test_a_lost_or_changed_token_stops_the_packing(room: Path, tmp_path: Path, monkeypatch: Any,
                                                    mutant: str) -> None:
     def wrong(lengths: Sequence[int], capacity: int) -> list[list[Piece]]:
         records = plan(lengths, capacity)
         if mutant == "loses":
             return records[:-1]
+        if mutant == "cuts":  # a document's end before its beginning
+            return records[::-1]
         return [*records, records[-1]] if mutant == "repeats" else records
 
-    original = pack_records.TokenStore.get
+    original = pack_files.TokenStore.get
     calls = {"count": 0}
 
-    def damaged(self: Any, document: int) -> np.ndarray:
-        tokens = original(self, document)
+    def damaged(self: Any, recipe: Any) -> np.ndarray:
+        tokens = original(self, recipe)
         calls["count"] += 1
-        if calls["count"] == 40:
-            tokens = tokens.copy()
+        if calls["count"] == 1:  # while the file is written
             if mutant == "changes":
-                tokens += 1
+                tokens[40] += 1
             elif mutant == "mixes":
-                tokens = tokens[::-1]
+                tokens[40:50] = tokens[40:50][::-1].copy()
         return tokens
 
     monkeypatch.setattr(pack_records, "plan", wrong)
-    monkeypatch.setattr(pack_records.TokenStore, "get", damaged)
-    with pytest.raises(DataError, match=r"tokens in|goes on|next of document"):
+    monkeypatch.setattr(pack_files.TokenStore, "get", damaged)
+    found = {"loses": "tokens in, .* planned", "repeats": "not the next", "cuts": "not the next",
+             "changes": "their tokens are not", "mixes": "their tokens are not"}
+    with pytest.raises(DataError, match=found[mutant]):
         pack(room, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 

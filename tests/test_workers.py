@@ -3,13 +3,20 @@
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from data_pipeline.workers import LocalExecutor, open_executor, run_tasks
+from data_pipeline.workers import LocalExecutor, open_executor
 from nanollama.data.files import DataError
+
+
+def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iterator[Any]:
+    with LocalExecutor(workers) as executor:
+        for _, result in executor.run(function, tasks):
+            yield result
 
 
 def square(number: int) -> int:
@@ -83,6 +90,16 @@ def test_results_of_one_and_of_two_workers() -> None:
         assert {worker.process.pid for worker in executor._pool} == pids and len(pids) == 2
         processes = [worker.process for worker in executor._pool]
     assert not any(process.is_alive() for process in processes)
+
+
+def test_processes_are_started_before_the_tasks_are_known() -> None:
+    for soon, started in ((0, 0), (1, 0), (5, 2)):  # one task needs no process
+        with LocalExecutor(2, soon=soon) as executor:
+            processes = [worker.process for worker in executor._pool]
+            assert len(processes) == started and all(process.is_alive() for process in processes)
+            assert dict(executor.run(square, [5, 6])) == {0: 25, 1: 36}
+            assert {worker.process for worker in executor._pool} >= set(processes)
+        assert not any(process.is_alive() for process in processes)
 
 
 def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:

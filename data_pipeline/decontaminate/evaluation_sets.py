@@ -67,6 +67,15 @@ class Found:
 def load_list(path: str | Path = LIST) -> dict[str, EvaluationSet]:
     """The sets of a list, by name. Errors: DataError names file, line, field and the fix."""
     try:
+        content = Path(path).read_bytes()
+    except OSError:
+        content = b""  # `_load` says what is wrong with it
+    return dict(_load(path, content))
+
+
+@functools.lru_cache(maxsize=8)  # asked for at every shard and step, and parsing takes 25 ms
+def _load(path: str | Path, content: bytes) -> dict[str, EvaluationSet]:
+    try:
         value, lines = load_with_lines(path, _ROOT)
     except YamlError as error:
         raise DataError(str(error)) from error

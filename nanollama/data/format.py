@@ -39,7 +39,7 @@ class Record:
 def encode_record(record: Record) -> bytes:
     """Bytes of `record`. Errors: DataError when its parts disagree: nothing undecodable is written."""
     length, count = len(record.tokens), len(record.starts)
-    wide = bool(length) and int(np.max(record.tokens)) >= 1 << 16
+    wide = bool(length) and record.tokens.dtype != np.uint16 and int(np.max(record.tokens)) >= 1 << 16
     starts = _column(record.starts, "<u4", "segment start")
     _check_segments(np.frombuffer(starts, "<u4"), length, len(record.documents), len(record.sources))
     if count >= 1 << 16:
@@ -194,6 +194,8 @@ def _fill(tokens_BT: np.ndarray, loss_BT: np.ndarray | None, segments: _Segments
 
 def _column(values: np.ndarray, dtype: str, what: str) -> bytes:
     array = np.asarray(values)
+    if array.dtype == dtype:  # fits: looking for the largest value takes longer than all else of a record
+        return array.tobytes()
     if array.size and (array.min() < 0 or array.max() > np.iinfo(dtype).max):
         raise DataError(f"packed record: {what} {array.min()}..{array.max()} does not fit in "
                         f"{np.dtype(dtype).name}.")
