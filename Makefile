@@ -7,7 +7,7 @@
 #   make lint         ruff, mypy, import contracts
 #   make clean        remove what these targets made; runs/ stays
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, WORKDIR=folder where quickstart writes.
-# EXTRAS=cuda-plan adds extras of pyproject.toml to the environment of the tests when it is made.
+# EXTRAS=cuda-plan,ray adds extras of pyproject.toml to the environment of the tests when it is made.
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-core test-parity smollm2 lint clean

@@ -129,7 +129,25 @@ def _steps(steps: Sequence[dict[str, Any]]) -> str:
             text += f"\nCompared with {len(sets) - len(missing)} evaluation sets"
             text += (f"; **not compared**, because they are not on this machine: {', '.join(missing)}.\n" if missing
                      else ".\n")
+            text += _looked_for(step["summary"])
     return text
+
+
+def _looked_for(summary: dict[str, Any]) -> str:
+    """Of every evaluation set what was looked for, and what was too short for it."""
+    columns = {"texts": "texts looked for", "whole": "only as a whole", "too_short": "too short to look for",
+               "unseen_items": "items never looked for"}
+    used = {name: one for name, one in summary["sets"].items() if one["status"] == "used"}
+    used["total"] = {key: sum(one[key] for one in used.values()) for key in columns}
+    rows = [[name, *(f"{one[key]:,}" for key in columns)] for name, one in used.items()]
+    header = ["evaluation set", *columns.values()]
+    return f"""
+{table(header, rows)}
+
+A text of fewer than {summary['ngram']} words is a hit only where all of them stand in a row; one of fewer than
+{summary['whole']}, numbers not counted, is too short to look for, unless all fields of its item together are long
+enough.
+"""
 
 
 def _filters(settings: dict[str, Any]) -> str:

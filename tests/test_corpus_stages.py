@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from corpora import documents, files_of, jsonl, mixture
 from data_pipeline import corpus_format, curate, download, filters, whole
 from data_pipeline.corpus import build_corpus
 from data_pipeline.documents import text_digest
+from data_pipeline.explain import Corpus, describe
 from data_pipeline.filters.base import Batch, Judgement, Parameters, keep_all
 from data_pipeline.mixture import compile_plan
 from data_pipeline.sources.files import FileReader
@@ -298,7 +300,8 @@ def test_every_step_takes_shards_of_no_documents(tmp_path: Path) -> None:
     value = json.loads(staged_mixture(tmp_path).read_text())
     value["datasets"][1]["filters"] = [{"type": "length", "min_characters": 10_000}]
     (tmp_path / "bench.yaml").write_text(f"sets: [{{name: own, path: {tmp_path}/items.jsonl, fields: [text]}}]")
-    (tmp_path / "items.jsonl").write_bytes(jsonl([texts(0, 20)[2]]))
+    few = " ".join(texts(0, 20)[9].split()[3:12])
+    (tmp_path / "items.jsonl").write_bytes(jsonl([texts(0, 20)[2], few, "far too short"]))
     value |= {"deduplication": [{"type": "exact"}, {"type": "minhash"}, {"type": "simhash"}],
               "decontamination": [{"type": "decontaminate", "benchmarks": str(tmp_path / "bench.yaml")}],
               "selection": [{"type": "dsir", "target": ["one"]}, {"type": "quality", "attribute": "n"},
@@ -306,7 +309,14 @@ def test_every_step_takes_shards_of_no_documents(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text(json.dumps(value))
     manifest = build_corpus(tmp_path / "mix.yaml", tmp_path / "out")
     assert [row["kept"] for row in manifest["datasets"]][1] == 0 and manifest["datasets"][0]["kept"] > 20
-    assert manifest["datasets"][0]["dropped"]["contaminated by own"] >= 1
+    assert manifest["datasets"][0]["dropped"]["contaminated by own"] >= 2
     assert [step["type"] for step in manifest["steps"]] == [
         "exact", "minhash", "simhash", "decontaminate", "dsir", "quality", "temporal", "curriculum"]
     assert manifest["steps"][3]["summary"]["sets"]["own"]["status"] == "used"
+    card = (tmp_path / "out" / "DATA_CARD.md").read_text()
+    assert re.search(r"own +\|  +2 \|  +1 \|  +1 \|  +1 \|\n\| total +\|  +2 \|", card)
+    corpus = Corpus(tmp_path / "out")
+    dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    told = [describe(corpus.explain(f"{row['dataset']}/{row['id']}")) for row in dropped
+            if row["reason"] == "contaminated by own"]
+    assert any("hits [{'kind': 'whole', 'set': 'own', 'items': ['own/1']" in text for text in told)

@@ -1,10 +1,8 @@
 """Decontamination: planted items are found, unrelated text is not, a missing set is never clean."""
 
-import gzip
 import itertools
 import json
 import math
-import os
 import random
 from pathlib import Path
 
@@ -14,14 +12,13 @@ import pytest
 from corpus_steps import Doc, run_step
 
 from data_pipeline.decontaminate import index as index_module
-from data_pipeline.decontaminate.evaluation_sets import EvaluationSet, Item, choose, find, load_list, read_items
+from data_pipeline.decontaminate.evaluation_sets import Item, choose
 from data_pipeline.decontaminate.index import Grams, Index, bag_jaccard
 from data_pipeline.decontaminate.step import Decontamination
 from data_pipeline.text.words import slow_words, word_hashes
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
 
-SHARED = Path(os.environ.get("NANOLLAMA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 # few frequent words and many rare ones, as in real text
 WORDS = [f"w{number}" for number in range(3000)]
 FREQUENCY = [1 / (rank + 3) for rank in range(3000)]
@@ -199,8 +196,63 @@ def test_equal_items_are_all_named():
     assert built.items.per_set() == {"a": 1, "b": 1} and built.too_short.per_set() == {"b": 1}
 
 
+def short_index(texts, whole=8):
+    return Index([Item(f"set/{number}", "question", text) for number, text in enumerate(texts)], 13, 6, 0.8, whole)
+
+
+def test_short_items_count_only_as_a_whole():
+    """Items of 8 to 12 words: found to the last word, wherever they stand, and not with any one of them changed."""
+    dice = random.Random(14)
+    words = [sentence(dice, 8 + number % 5) for number in range(60)]
+    built = short_index([" ".join(one) for one in words])
+    texts = [planted(dice, one, 20 * (number % 3)) for number, one in enumerate(words)]  # some have nothing around
+    hits = list(built.search(word_hashes(pl.Series(texts))))
+    assert [(hit.row, hit.kind, hit.position, hit.words, hit.jaccard) for hit in hits] == [
+        (number, "whole", 20 * (number % 3), len(one), 1.0) for number, one in enumerate(words)]
+    assert [hit.shown for hit in hits] == [" ".join(one) for one in words]
+    for place in (0, 4, 7, -1):
+        texts = [planted(dice, changed(dice, one, {place % len(one)})) for one in words]
+        assert not any(found(built, texts)), place
+    assert not any(found(built, [" ".join(one[:-1]) for one in words]))
+
+
+def test_a_short_item_does_not_reach_into_the_next_document():
+    ten = WORDS[:10]
+    built = short_index([" ".join(ten)])
+    assert not any(found(built, [" ".join(ten[:9]), ten[9], " ".join(ten[:8]), " ".join(ten[8:])]))
+    (hit,) = built.search(word_hashes(pl.Series(["x", " ".join([*ten, *ten])])))  # named once, where it is first
+    assert (hit.row, hit.position) == (1, 0)
+
+
+def test_short_items_that_begin_alike_are_all_found():
+    texts = [" ".join([*WORDS[:8], f"end{number}"]) for number in range(150)]
+    assert found(short_index(texts), texts) == [{("whole", number)} for number in range(150)]
+
+
+def test_what_is_too_short():
+    """Numbers do not count; an item of short fields is looked for as one text; the rest is named."""
+    items = [Item("a/0", "q", " ".join(WORDS[:8])), Item("a/1", "q", " ".join(WORDS[10:17])),
+             Item("a/2", "q", "1,2 1,3 2,3 1,2,3"), Item("a/3", "q", "1 one 2 two 3 three 4 four"),
+             Item("b/0", "q", " ".join(WORDS[20:25])), Item("b/0", "c", " ".join(WORDS[30:33])),
+             Item("b/1", "q", " ".join(WORDS[40:45])), Item("b/1", "c", " ".join(WORDS[50:70])),
+             Item("b/2", "q", " ".join(WORDS[80:88])), Item("b/2", "c", "few words"),
+             Item("b/3", "q", "too"), Item("b/3", "c", "few"), Item("c/0", "q", "")]
+    built = Index(items, 13, 6, 0.8)
+    looked_for = [built.items[number] for number in range(len(built))]
+    assert looked_for == [[("b/1", "c")], [("a/0", "q")], [("b/0", "q+c")], [("b/2", "q")]] and built.long == 1
+    assert built.too_short[0] == [("a/1", "q"), ("a/2", "q"), ("a/3", "q"), ("b/1", "q"), ("b/2", "c"), ("b/3", "q"),
+                                  ("b/3", "c"), ("c/0", "q")]
+    assert built.unseen() == {"a": ["a/1", "a/2", "a/3"], "b": ["b/3"], "c": ["c/0"]}
+    assert built.short().per_set() == {"a": 1, "b": 2}
+    assert found(built, [" ".join([*WORDS[20:25], *WORDS[30:33]])]) == [{("whole", 0)}]
+    none = Index(items, 13, 6, 0.8, whole=13)  # as before there were short ones
+    assert len(none) == none.long == 1 and not list(none.search(word_hashes(pl.Series([items[0].text]))))
+    assert len(Index(items, 13, 6, 0.8, whole=1)) == 11  # all but numbers and nothing
+
+
 def test_an_index_from_files_finds_the_same(tmp_path, items):
     texts = [Item(f"set/{number}", "question", " ".join(words)) for number, words in enumerate(items)]
+    texts += [Item(f"set/short{number}", "question", " ".join(words[:9])) for number, words in enumerate(items)]
     made = Index([*texts, Item("set/x", "q", "short")], 13, 6, 0.8)
     for _ in range(2):  # the second writer leaves the first one's files
         made.save(tmp_path / "index")
@@ -208,7 +260,8 @@ def test_an_index_from_files_finds_the_same(tmp_path, items):
     dice = random.Random(4)
     documents = pl.Series([planted(dice, changed(dice, words, {len(words) // 2})) for words in items[:40]])
     hits = list(made.search(word_hashes(documents)))
-    assert list(opened.search(word_hashes(documents))) == hits and len({hit.kind for hit in hits}) == 2
+    assert list(opened.search(word_hashes(documents))) == hits
+    assert {hit.kind for hit in hits} == {"exact", "near", "whole"}
     assert [opened.items[n] for n in range(len(opened))] == [made.items[n] for n in range(len(made))]
     assert opened.too_short[0] == [("set/x", "q")]
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
@@ -281,7 +334,9 @@ def test_missing_sets(tmp_path, monkeypatch):
     step = Decontamination(benchmarks=path, missing="record")
     assert run_step(step, doc)[0]["reason"] == "contaminated by quiz"
     sets = step.summary()["sets"]
-    assert sets["quiz"]["status"] == "used" and sets["quiz"]["texts"] == 1 and sets["quiz"]["too_short"] == 1
+    assert sets["quiz"].pop("sha256") == step.resources()["quiz"]
+    assert sets["quiz"] == {"status": "used", "texts": 1, "whole": 0, "too_short": 1, "unseen_items": 1,
+                            "unseen": ["quiz/1"]}
     assert sets["gone"]["status"] == sets["unset"]["status"] == "missing"
     assert "NO_SUCH_FOLDER" in sets["unset"]["reason"]
     assert step.resources()["gone"] == "missing" != step.resources()["quiz"]
@@ -294,62 +349,8 @@ def test_wrong_parameters_and_names(tmp_path):
         Decontamination(seed=14).check("x")
     with pytest.raises(FieldError, match=r"x.threshold: 1.5 is not in"):
         Decontamination(threshold=1.5).check("x")
+    for whole in (0, 14):
+        with pytest.raises(FieldError, match=rf"x.whole: {whole} is not in 1 to ngram \(13\)"):
+            Decontamination(whole=whole).check("x")
     with pytest.raises(DataError, match=r"no evaluation set is called 'gsm9k'. Did you mean 'gsm8k'"):
         choose(("gsm9k",))
-
-
-# reading sets
-
-@pytest.mark.parametrize("text, message", [
-    ("sets:\n  - {name: a, path: x, fields: [q]}\n  - {name: a, path: y, fields: [q]}\n", r":3: sets\[1\].name: 'a'"),
-    ("sets:\n  - {name: a, path: x, fields: []}\n", r":2: sets\[0\].fields: is empty"),
-    ("sets:\n  - name: a\n    path: x\n    field: [q]\n", r":4: sets\[0\].field: no such field. Did you mean 'f"),
-])
-def test_a_list_is_strict(tmp_path, text, message):
-    path = tmp_path / "list.yaml"
-    path.write_text(text)
-    with pytest.raises(DataError, match=message):
-        load_list(path)
-
-
-def test_a_list_that_changes_is_read_again(tmp_path):
-    path = tmp_path / "list.yaml"
-    for name in ("a", "b"):  # of one length, within the clock's grain
-        path.write_text(f"sets:\n  - {{name: {name}, path: x, fields: [q]}}\n")
-        assert list(load_list(path)) == [name]
-
-
-def read(tmp_path, content, name="set.json", **fields):
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
-    return [(item.id, item.field, item.text) for item in read_items(find(EvaluationSet("s", str(path), **fields)))]
-
-
-def test_layouts_of_sets(tmp_path):
-    rows = [("s/0", "q", "a\u2028b"), ("s/0", "c", "x\ny"), ("s/1", "q", "z"), ("s/1", "c", "1")]
-    lines = '{"q": "a\u2028b", "c": ["x", "y"]}\n\n{"q": "z", "c": [1]}\n'
-    assert read(tmp_path, lines, fields=("q", "c")) == rows
-    assert read(tmp_path, lines, "set.jsonl.gz", fields=("q", "c")) == rows
-    whole = json.dumps({"data": [{"p": [{"q": "a"}, {"q": "b"}]}, {"p": [{"q": "c", "w": None}]}]}, indent=1)
-    assert [row[2] for row in read(tmp_path, whole, items="data.p", fields=("q",))] == ["a", "b", "c"]
-    assert read(tmp_path, json.dumps({"t": [[{"role": "user", "content": "hi"}]]}), fields=("t.content",)) == [
-        ("s/0", "t.content", "hi")]
-
-
-def test_a_set_read_as_empty_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"none of its 1 items has text in the field 'answer'"):
-        read(tmp_path, '{"q": "a"}\n', fields=("q", "answer"))
-    with pytest.raises(DataError, match=r"set.json:2: not JSON"):
-        read(tmp_path, '{"q": "a"}\n{"q": \n', fields=("q",))
-    with pytest.raises(DataError, match=r"neither JSON Lines nor a JSON document"):
-        read(tmp_path, "{\n oh\n", fields=("q",))
-
-
-def test_the_projects_list_reads_real_sets(monkeypatch):
-    if not (SHARED / "eval").is_dir():
-        pytest.skip(f"no evaluation sets in {SHARED}")
-    monkeypatch.setenv("NANOLLAMA_DATA", str(SHARED))
-    sets = choose(("squad", "gsm8k", "bigbench", "tool-use"))
-    counts = {one.name: sum(1 for _ in read_items(find(one))) for one in sets}
-    assert counts["gsm8k"] == 2 * 1319 and min(counts.values()) > 2000
-    assert all(find(one).status == "used" for one in choose(()))

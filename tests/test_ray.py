@@ -18,7 +18,8 @@ from nanollama.data.files import DataError
 
 ray = pytest.importorskip("ray", reason="needs Ray (extra ray, 236 MB installed)")
 # Ray's own sockets and logs are left to the garbage collector
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"),
+              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 
 def work(task: tuple[str, int, str]) -> str:

@@ -8,6 +8,7 @@ import tracemalloc
 import types
 import zlib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,9 @@ def test_quickstart_sources_give_real_text(tmp_path: Path) -> None:
     prose = [row for row in rows if row["source"] == "prose"]
     assert all(len(row["meta"]["derived_from"]) == 32 for row in prose)
     assert any(row["id"].split("/", 1)[1] in code for row in prose)
-    assert any("numpy" in row["text"] for row in rows if row["source"] == "packages")
+    packages = {row["id"].split("/", 1)[1]: row for row in rows if row["source"] == "packages"}
+    assert all(row["meta"]["version"] == version(name) for name, row in packages.items())
+    assert "Abseil" in packages["absl-py"]["text"]
 
 
 def test_hub_datasets_through_the_datasets_library(tmp_path: Path, monkeypatch: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.filters import make_batch
 from data_pipeline.text import words
-from data_pipeline.text.words import slow_ngram, slow_word_hash, slow_words, word_hashes
+from data_pipeline.text.words import ngrams_at, slow_ngram, slow_word_hash, slow_words, word_hashes
 
 TEXTS = [
     "The quick brown fox, the QUICK brown fox's 2nd_jump!", "", "one", "  \n\t ", "don't stop-me", "naïve café ΣΊΣΥΦΟΣ",
@@ -96,6 +96,8 @@ def test_ngrams_never_cross_documents(size):
             if whole and 0 < len(row) < size:
                 expected = [slow_ngram(row)]
             assert grams[offsets[index]:offsets[index + 1]].tolist() == expected
+    at = np.arange(len(made.hashes) - size)[::3]
+    assert ngrams_at(made.hashes, at, size).tolist() == [slow_ngram(made.hashes[p:p + size].tolist()) for p in at]
     assert len(word_hashes(pl.Series(["", ""])).ngrams(size)[1]) == 0
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.corpus_step import FeatureFile, judgement
 from data_pipeline.decontaminate.evaluation_sets import LIST, Found, choose, find, read_items
-from data_pipeline.decontaminate.index import Index
+from data_pipeline.decontaminate.index import WHOLE, Index
 from data_pipeline.text import words
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
@@ -33,7 +33,8 @@ _LISTED_ITEMS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Decontamination:
-    """Drops documents that share `ngram` words in a row with an evaluation item, or hold one nearly word by word."""
+    """Drops documents that share `ngram` words in a row with an evaluation item, or hold one nearly word by word; of
+    items with fewer words, those that hold one to the last word."""
 
     type: Literal["decontaminate"] = "decontaminate"
     sets: tuple[str, ...] = ()  # names in the list; none: all of it
@@ -41,11 +42,12 @@ class Decontamination:
     ngram: int = 13
     seed: int = 6  # words in a row that make a window worth comparing
     threshold: float = 0.8  # likeness of window and item from which they are the same
+    whole: int = WHOLE  # words, not just numbers, from which a text below `ngram` is looked for; ngram: none is
     # what drops: a shared n-gram or a like window; or only a like window, as quotations in the news are no leak
     drop: Literal["ngram", "window"] = "ngram"
     canaries: tuple[str, ...] = ()  # further strings that condemn a document
     missing: Literal["stop", "record"] = "stop"  # a set that is not on this machine
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def check(self, where: str) -> None:
         """Raises FieldError on a parameter that cannot be used."""
@@ -53,14 +55,16 @@ class Decontamination:
             raise FieldError(f"{where}.seed", f"{self.seed} is not in 1 to ngram ({self.ngram})", "Try 6.")
         if not 0 < self.threshold <= 1:
             raise FieldError(f"{where}.threshold", f"{self.threshold} is not in (0, 1]", "Try 0.8.")
+        if not 1 <= self.whole <= self.ngram:
+            raise FieldError(f"{where}.whole", f"{self.whole} is not in 1 to ngram ({self.ngram})",
+                             f"Try {WHOLE}; ngram itself looks for no shorter text.")
 
     def prepare(self, directory: Path) -> None:
         """The index, made once in `directory` or opened there, for this process."""
         found = self._there()
         if not directory.exists():
-            _built(found, self.ngram, self.seed, self.threshold).save(directory)
-        _opened[found, self.ngram, self.seed, self.threshold] = Index.load(directory, self.ngram, self.seed,
-                                                                          self.threshold)
+            _built(found, *self._sizes).save(directory)
+        _opened[found, self._sizes] = Index.load(directory, *self._sizes)
 
     def features(self, batch: "Batch") -> pa.Table:
         """One row per hit: row and the hit. Errors: DataError when a set is missing and `missing` is stop."""
@@ -99,15 +103,18 @@ class Decontamination:
         return {"words": str(words.VERSION), **{found.set.name: found.sha256 for found in self._found()}}
 
     def summary(self) -> dict[str, Any]:
-        """For manifest and report: each set's state, its texts, and how many were too short to be looked for."""
+        """For manifest and report: each set's state, its texts, those of them that only count as a whole, those too
+        short to look for, and the items of which nothing is looked for: how many, and the first of them."""
         index, result = self._index(), {}
-        texts, too_short = index.items.per_set(), index.too_short.per_set()
+        texts, whole, too_short = index.items.per_set(), index.short().per_set(), index.too_short.per_set()
+        unseen = index.unseen()
         for found in self._found():
             name = found.set.name
             result[name] = ({"status": "missing", "reason": found.reason} if found.status == "missing" else
-                            {"status": "used", "texts": texts.get(name, 0), "too_short": too_short.get(name, 0),
-                             "sha256": found.sha256})
-        return {"ngram": self.ngram, "threshold": self.threshold, "sets": result}
+                            {"status": "used", "texts": texts.get(name, 0), "whole": whole.get(name, 0),
+                             "too_short": too_short.get(name, 0), "unseen_items": len(unseen.get(name, [])),
+                             "unseen": unseen.get(name, [])[:_LISTED_ITEMS], "sha256": found.sha256})
+        return {"ngram": self.ngram, "threshold": self.threshold, "whole": self.whole, "sets": result}
 
     def _drops(self, hit: dict[str, Any]) -> bool:
         return hit["kind"] != "exact" or self.drop == "ngram" or hit["jaccard"] >= self.threshold
@@ -138,15 +145,20 @@ class Decontamination:
                 "have with sets: [...]" + (", or set missing: record." if len(gone) < len(found) else "."))
         return found
 
+    @property
+    def _sizes(self) -> tuple[int, int, float, int]:
+        return self.ngram, self.seed, self.threshold, self.whole
+
     def _index(self) -> Index:
-        key = self._there(), self.ngram, self.seed, self.threshold
-        return _opened[key] if key in _opened else _built(*key)
+        found = self._there()
+        opened = _opened.get((found, self._sizes))
+        return _built(found, *self._sizes) if opened is None else opened
 
 
-_opened: dict[tuple[tuple[Found, ...], int, int, float], Index] = {}  # by `prepare`, in this process
+_opened: dict[tuple[tuple[Found, ...], tuple[int, int, float, int]], Index] = {}  # by `prepare`, in this process
 
 
 @functools.lru_cache(maxsize=2)
-def _built(found: tuple[Found, ...], ngram: int, seed: int, threshold: float) -> Index:
+def _built(found: tuple[Found, ...], ngram: int, seed: int, threshold: float, whole: int) -> Index:
     items = [item for one in found if one.status == "used" for item in read_items(one)]
-    return Index(items, ngram, seed, threshold)
+    return Index(items, ngram, seed, threshold, whole)

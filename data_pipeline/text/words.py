@@ -161,6 +161,14 @@ def hash_spans(data: npt.NDArray[np.uint8], starts: Positions, ends: Positions) 
     return mix(hashes)
 
 
+def ngrams_at(hashes: Hashes, at: Positions, size: int) -> Hashes:
+    """Hash of the n-gram of `size` words that begins at each of the places `at`; all of them must end inside."""
+    sums = np.zeros(len(at), dtype=np.uint64)
+    for place in range(size):
+        sums = sums * np.uint64(NGRAM_BASE) + hashes[at + place]
+    return mix(sums + np.uint64(size))
+
+
 def mix(values: Hashes) -> Hashes:
     """Spread every bit of each value over all of it (the finalizer of SplitMix64)."""
     values = values ^ (values >> np.uint64(30))
