@@ -22,6 +22,7 @@ from nanollama.parallel.mesh import batch_sharding, make_mesh
 from nanollama.training import elastic, step
 from nanollama.training.optim import make_optimizer
 from nanollama.training.state import TrainState, init_state, state_shardings
+from nanollama.training.validation import make_token_nll
 
 LENGTH = 32
 MODEL = ModelConfig(
@@ -93,9 +94,13 @@ class Training:
         self.decoder = Decoder(config.model, config.compute, config.lora)
         self.shardings = state_shardings(config, self.optimizer, self.mesh)
         self.step = program.make_train_step(config, self.decoder, self.optimizer, self.mesh, self.shardings)
-        self.evaluate = program.make_eval_step(config, self.decoder, self.mesh, self.shardings)
         self.put = functools.partial(program.put_batch, config=config, mesh=self.mesh)
         self._compiled: Any = None  # the step, once it was taken
+
+    @functools.cached_property
+    def token_nll(self) -> Any:
+        """(parameters, batch on the device) -> [B, T], as held-out loss is made."""
+        return make_token_nll(self.decoder, self.mesh, self.config.batch.micro_batches)
 
     @functools.cached_property
     def state(self) -> TrainState:
