@@ -1,7 +1,7 @@
 """One JAX for all tests: eight virtual CPU devices, elastic runs' thread pool, one compilation cache.
 
 Marks as `core` what also runs on the second Python of continuous integration: all but the tests named here
-and those marked `slow`.
+and those marked `slow` or `once`.
 """
 
 import os
@@ -23,13 +23,11 @@ hypothesis.settings.load_profile("steady")
 
 # Tests of files, texts and pages, which know nothing of the Python or JAX they run on.
 NOT_CORE = {"test_docs", "test_report", "test_report_browser", "test_quickstart"}
-# A minute of compilations; it passed there, and the operations that depend on JAX's version are in test_moe too.
-NOT_CORE |= {"test_moe_training"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem not in NOT_CORE and not item.get_closest_marker("slow"):
+        if item.path.stem not in NOT_CORE and not any(map(item.get_closest_marker, ("slow", "once"))):
             item.add_marker(pytest.mark.core)
 
 

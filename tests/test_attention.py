@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from tiny import QUICK, quickly
 
 from nanollama.config import ComputeConfig, MeshConfig, ModelConfig
 from nanollama.data.strict import FieldError
@@ -42,12 +42,6 @@ def first_keys(T: int = 128, B: int = 2) -> jax.Array:
     index = np.arange(T)
     first = np.where(index < 1, 0, np.where(index < 41, 1, np.where(index < 101, 41, index)))
     return jnp.asarray(np.broadcast_to(first, (B, T)).astype(np.int32))
-
-
-def quickly(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The jitted function's value; compiled for a short compilation, not for a short run."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function).lower(*arguments).compile(compiler_options=options)(*arguments)
 
 
 @functools.cache
@@ -271,8 +265,7 @@ def test_saved_names_spare_the_second_forward_of_attention() -> None:
     def loops(remat: Any) -> int:
         decoder = Decoder(MODEL, ComputeConfig(scan_unroll=1, attention="pallas_interpret", remat=remat))
         step = jax.jit(jax.value_and_grad(lambda p: decoder.apply({"params": p}, row, row, row)[0].sum()))
-        options = {"xla_backend_optimization_level": 0}
-        return int(step.lower(parameters()).compile(compiler_options=options).as_text().count(" while("))
+        return int(step.lower(parameters()).compile(compiler_options=QUICK).as_text().count(" while("))
 
     assert loops("none") == loops("names") < loops("full")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_sharding_equivalence import assert_close
-from tiny import COMPUTE, MODEL, QUICK, Training, host_state, random_batch, tiny_config
+from tiny import COMPUTE, MODEL, QUICK, Training, host_state, quickly, random_batch, tiny_config
 
 from nanollama.config import (
     ComputeConfig,
@@ -99,6 +100,7 @@ def test_a_step_moves_biases_by_the_rule_and_reports_loads() -> None:
         assert np.array_equal(x, y), "the same bits"
 
 
+@pytest.mark.once
 def test_unrolling_and_remat_change_no_number() -> None:
     """Same tree and results for every way to run the layers; routers' sums included."""
     model = dataclasses.replace(MOE, num_layers=3)
@@ -124,9 +126,7 @@ def test_cached_steps_with_unstacked_layers_equal_one_pass() -> None:
     first_key = np.minimum(first_key, np.arange(total))
     positions = np.maximum(np.arange(total) - first_key.max(axis=1, keepdims=True), 0)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def stepwise(params: Any, apart: bool) -> jax.Array:
-        form = unstack if apart else (lambda tree: tree)
+    def stepwise(form: Callable[[Any], Any], params: Any) -> jax.Array:
         cache, pieces = form(init_cache(MOE, 2, 12, jnp.float32)), []
         for low, high in [(0, 5), (5, 6), (6, 8)]:
             inputs = (x[:, low:high] for x in (tokens, positions, first_key))
@@ -134,9 +134,9 @@ def test_cached_steps_with_unstacked_layers_equal_one_pass() -> None:
             pieces.append(hidden)
         return jnp.concatenate(pieces, axis=1)
 
-    wanted, _ = jax.jit(decoder.apply)({"params": params}, tokens, positions, first_key)
-    np.testing.assert_allclose(stepwise(params, True), wanted, atol=2e-5)
-    np.testing.assert_allclose(stepwise(params, False), wanted, atol=2e-5)
+    wanted, _ = quickly(decoder.apply, {"params": params}, tokens, positions, first_key)
+    for form in (unstack, lambda tree: tree):
+        np.testing.assert_allclose(quickly(functools.partial(stepwise, form), params), wanted, atol=2e-5)
     heads = jax.eval_shape(lambda: init_cache(MOE, 1, 1, jnp.float32))
     assert heads.k_LBSGK.size + heads.v_LBSGK.size == 2 * (16 + 8), "per layer a latent and one rotated key"
 

@@ -1,4 +1,4 @@
-"""The compiled train step: aliased, sharded as it came, silent, guarded; its metrics, and its evaluation twin."""
+"""The compiled train step: aliased, sharded as it came, silent, guarded; and its metrics."""
 
 import dataclasses
 import os
@@ -85,8 +85,7 @@ def test_metrics(training):
     expected_rate = make_schedule(training.config.schedule, 1e-3, training.config.steps)
     for number in range(3):
         batch = random_batch(number)
-        params = training.state.params
-        sums: LossSums = jax.device_get(training.evaluate(params, training.put(batch)))
+        sums: LossSums = training.gradient(batch)[1]
         metrics = jax.device_get(training.train(batch))
         assert metrics["learning_rate"] == float(expected_rate(number))
         assert metrics["weight"] == batch["weights"].sum() == sums.weight
@@ -108,13 +107,13 @@ def test_a_number_that_is_not_finite_is_flagged(training):
     assert not metrics["finite"]
 
 
-def test_evaluation_sums_add_up_exactly(training):
+def test_sums_add_up_exactly(training):
     batch = random_batch(0)
-    whole = jax.device_get(training.evaluate(training.state.params, training.put(batch)))
+    whole = training.gradient(batch)[1]
     parts = []
     for keep in (np.arange(8) < 3, np.arange(8) >= 3):
         part = {**batch, "weights": batch["weights"] * keep[:, None].astype(np.float32)}
-        parts.append(jax.device_get(training.evaluate(training.state.params, training.put(part))))
+        parts.append(training.gradient(part)[1])
     summed = parts[0] + parts[1]
     assert summed.weight == whole.weight and summed.correct == whole.correct
     np.testing.assert_allclose(jax.tree.leaves(summed), jax.tree.leaves(whole), rtol=1e-6)

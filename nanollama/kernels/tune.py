@@ -4,17 +4,19 @@
 
 For each length, packed (eight documents a row) and plain: each kernel's tile is chosen with the others fixed, by the
 time of forward, then of forward and backward, of Triton's programs and on Hopper of Mosaic GPU's; plain rows are also
-timed with cuDNN. Mosaic GPU's may win only if their results on this card are Triton's. Two minutes a shape, most of it
-compilation. `tuning` says where the table is. Imports only jax and numpy.
+timed with cuDNN. Mosaic GPU's may win only if their results on this card are Triton's. Most of it is compilation, which
+goes on in several threads. `tuning` says where the table is. Imports only jax and numpy.
 """
 
 import argparse
 import dataclasses
 import functools
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -52,6 +54,7 @@ MOSAIC_CANDIDATES: dict[int, dict[str, tuple[Tile, ...]]] = {
         "kv_gradient": (Tile(64, 128, 12, 2), Tile(64, 64, 8, 2)),
     },
 }
+THREADS = 8  # that compile
 CLOSE = 0.01  # of the norm: bfloat16 products summed in another order differ by less
 
 
@@ -171,10 +174,13 @@ def fastest_tiles(
     took: dict[str, float] = {}
     for part, choices in candidates.items():
         times: dict[Tile, float] = {}
+        programs = {}
         for tile in dict.fromkeys((getattr(best, part), *choices)):
             function = flash(problem, dataclasses.replace(best, **{part: tile}), interpret, compiler)
+            programs[tile] = jax.jit(function) if part == "forward" else with_gradients(function)
+        for tile, program in compiled(programs, arrays).items():
             try:
-                times[tile] = clock(jax.jit(function) if part == "forward" else with_gradients(function), arrays)
+                times[tile] = clock(program.result(), arrays)
             except Exception as error:  # a tile too large for this GPU fails to compile, in a way of its own each time
                 print(f"  {compiler} {part} {tile}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
         if not times:
@@ -183,6 +189,22 @@ def fastest_tiles(
         best = dataclasses.replace(best, **{part: fastest})
         took["forward" if part == "forward" else "forward_and_backward"] = times[fastest]
     return best, took
+
+
+def compiled(programs: dict[Tile, Any], arrays: Sequence[jax.Array]) -> dict[Tile, Future[Any]]:
+    """The jitted functions compiled for these arguments, several at a time: XLA leaves the interpreter's lock alone."""
+
+    def started(program: Any) -> Future[Any]:
+        try:
+            lowered = program.lower(*arrays)
+        except Exception as error:  # of a tile that a compiler refuses before XLA sees it
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
+        return pool.submit(lowered.compile)
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        return {tile: started(program) for tile, program in programs.items()}
 
 
 def difference(function: Callable[..., jax.Array], twin: Callable[..., jax.Array], arrays: Sequence[jax.Array]) -> str:

@@ -60,23 +60,24 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         cache_BSGK: tuple[jax.Array, jax.Array] | None,
-        window: jax.Array | None,
+        layer: "Layer",
         context: Context,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         m, (B, T, D) = self.model, x_BTD.shape
         x_ND = x_BTD.reshape(B * T, D)
+        dropout = None if context.seeds_BT is None else loras.Dropout(context.seeds_BT.reshape(-1), layer.number)
         with jax.named_scope("attention"):
             h_ND = rms_norm(x_ND, norm_scale(self, "attention_norm", D), m.norm_eps)
             a_ND, cache_BSGK = attention(
-                self, m, h_ND, cache_BSGK, window, context, backend=self.compute.attention
+                self, m, h_ND, cache_BSGK, layer.window, context, dropout, backend=self.compute.attention
             )
             x_ND = x_ND + a_ND
         with jax.named_scope("mlp"):
             h_ND = rms_norm(x_ND, norm_scale(self, "mlp_norm", D), m.norm_eps)
             if self.experts and m.moe is not None:
-                x_ND = x_ND + mixture_of_experts(self, m, m.moe, h_ND, context.real_BT, self.compute)
+                x_ND = x_ND + mixture_of_experts(self, m, m.moe, h_ND, context.real_BT, dropout, self.compute)
             else:
-                x_ND = x_ND + gated_feed_forward(self, m, h_ND)
+                x_ND = x_ND + gated_feed_forward(self, m, h_ND, dropout)
         return constrain(x_ND.reshape(B, T, D), "batch", None, "activation_embed"), cache_BSGK
 
 
@@ -100,14 +101,16 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         real_BT: jax.Array | None = None,
         starts_B: jax.Array | None = None,
+        seeds_BT: jax.Array | None = None,
         micro_batches: int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """hidden_BTD after the final norm in the compute dtype, and the cache with this call's keys written.
 
         first_key_BT: key index of the first key each query may see (`ops.masks.MaskSpec`); None promises that each row
-        is one document from its first position on. real_BT: bool, tokens that count
-        in the routers' sums; None: all. starts_B: where in its row each begins, if these are pieces
-        (`parallel.context`). micro_batches: of rows that pass through the mesh's pipeline stages; 0: no pipeline.
+        is one document from its first position on. real_BT: bool, tokens that count in the routers' sums; None: all.
+        starts_B: where in its row each begins, if these are pieces (`parallel.context`). seeds_BT: of adapters' dropout
+        (`models.lora.dropout_seeds`); None: without. micro_batches: of rows that pass through the mesh's pipeline
+        stages; 0: no pipeline.
         """
         m, dtype = self.model, jnp.dtype(self.compute.dtype)
         embedding_VD = self._tables()
@@ -127,7 +130,7 @@ class Decoder(nn.Module):
             pieces=starts_B is not None,
         )
         real_BT = jnp.ones(tokens_BT.shape, bool) if real_BT is None else real_BT
-        context = Context(cos_BTC, sin_BTC, mask, real_BT)
+        context = Context(cos_BTC, sin_BTC, mask, real_BT, seeds_BT)
         if isinstance(self.get_variable("params", LAYERS), tuple):
             x_BTD, cache = self._apart(x_BTD, cache, context)
         else:
@@ -137,7 +140,7 @@ class Decoder(nn.Module):
                     x_BTD = self._pipelined(x_BTD, stack, context, micro_batches)
                     continue
                 layers = _scanned(m, self.compute, self.lora, stack)
-                x_BTD, new = layers(x_BTD, _part(cache, stack), _windows(m, stack), context)
+                x_BTD, new = layers(x_BTD, _part(cache, stack), _numbered(m, stack), context)
                 written.append(new)
             if cache is not None:
                 keys, values = jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
@@ -161,16 +164,15 @@ class Decoder(nn.Module):
     def _pipelined(self, x_BTD: jax.Array, stack: "Stack", context: Context, micro_batches: int) -> jax.Array:
         """The layers of a stack, cut over the mesh's pipeline stages."""
         count, layers = pipeline.stages(), stack.high - stack.low
-        assert not self.has_rng("dropout"), "refused by training.step.check_layout"
         block = Block(self.model, self.compute, stack.experts, self.lora, parent=None)
         weights = jax.tree.map(
             lambda w: w.reshape(count, layers // count, *w.shape[1:]),
-            (self.get_variable("params", stack.name), _windows(self.model, stack)),
+            (self.get_variable("params", stack.name), _numbered(self.model, stack)),
         )
 
         def layer(x_BTD: jax.Array, weights: Any, context: Context) -> tuple[jax.Array, Any]:
-            params, window = weights
-            (x_BTD, _), state = block.apply({"params": params}, x_BTD, None, window, context, mutable=[ROUTERS])
+            params, number = weights
+            (x_BTD, _), state = block.apply({"params": params}, x_BTD, None, number, context, mutable=[ROUTERS])
             return x_BTD, state.get(ROUTERS, {})
 
         remat = _remat(self.compute)
@@ -203,18 +205,25 @@ class Decoder(nn.Module):
         keys, values = [], []
         for stack in stacks(self.model):
             block = Block(self.model, self.compute, stack.experts, self.lora, parent=None)
-            windows = _windows(self.model, stack)
-            for number, params in enumerate(self.get_variable("params", stack.name)):
-                layer = stack.low + number
-                old = None if cache is None else (cache.k_LBSGK[layer], cache.v_LBSGK[layer])
-                window = None if windows is None else windows[number]
-                x_BTD, new = block.apply({"params": params}, x_BTD, old, window, context)
+            layers = _numbered(self.model, stack)
+            for index, params in enumerate(self.get_variable("params", stack.name)):
+                number = stack.low + index
+                old = None if cache is None else (cache.k_LBSGK[number], cache.v_LBSGK[number])
+                layer = jax.tree.map(lambda x_L, index=index: x_L[index], layers)
+                x_BTD, new = block.apply({"params": params}, x_BTD, old, layer, context)
                 if new is not None:
                     keys.append(new[0])
                     values.append(new[1])
         if cache is not None:
             cache = Cache(tuple(keys), tuple(values), cache.write_index + x_BTD.shape[1])
         return x_BTD, cache
+
+
+class Layer(NamedTuple):
+    """What tells one layer of a stack from the next; [L] where there are several."""
+
+    number: jax.Array  # int32, in the model
+    window: jax.Array | None  # int32, keys that a query sees; None where layers do not differ: the mask says it
 
 
 class Stack(NamedTuple):
@@ -274,12 +283,13 @@ def _part(cache: Cache | None, stack: Stack) -> tuple[jax.Array, jax.Array] | No
     return cache.k_LBSGK[stack.low : stack.high], cache.v_LBSGK[stack.low : stack.high]
 
 
-def _windows(model: ModelConfig, stack: Stack) -> jax.Array | None:
-    """Keys that a query of each layer of a stack sees, [L]; None where layers do not differ: the mask says it."""
+def _numbered(model: ModelConfig, stack: Stack) -> Layer:
+    """The layers of a stack, each field [L]."""
+    number_L = jnp.arange(stack.low, stack.high)
     if not (model.sliding_window and model.full_attention_layers):
-        return None
-    full = jnp.arange(stack.low, stack.high) < model.full_attention_layers
-    return jnp.where(full, jnp.iinfo(jnp.int32).max, model.sliding_window)
+        return Layer(number_L, None)
+    full_L = number_L < model.full_attention_layers
+    return Layer(number_L, jnp.where(full_L, jnp.iinfo(jnp.int32).max, model.sliding_window))
 
 
 def _remat(compute: ComputeConfig) -> Any:
@@ -304,7 +314,7 @@ def _scanned(model: ModelConfig, compute: ComputeConfig, lora: LoraConfig | None
     scanned = nn.scan(
         block,
         variable_axes={"params": 0, ROUTERS: 0},
-        split_rngs={"params": True, "dropout": True},
+        split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast),
         length=length,
         unroll=min(compute.scan_unroll or length, length),

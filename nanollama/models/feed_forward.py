@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nanollama.config import ComputeConfig, ModelConfig, MoeConfig
 from nanollama.models.linear import adapter, linear, normal, parameter
+from nanollama.models.lora import Dropout
 from nanollama.ops import moe as ops
 from nanollama.ops.mlp import swiglu
 
@@ -16,17 +17,30 @@ ROUTERS = "routers"  # the Linen collection in which layers leave their `RouterS
 
 
 def gated_feed_forward(
-    module: nn.Module, m: ModelConfig, h_ND: jax.Array, *, width: int = 0, prefix: str = ""
+    module: nn.Module,
+    m: ModelConfig,
+    h_ND: jax.Array,
+    dropout: Dropout | None,
+    *,
+    width: int = 0,
+    prefix: str = "",
 ) -> jax.Array:
     """SwiGLU (arXiv:2002.05202): (silu(h gate) * (h up)) down, [N, D]. width: 0 = the model's intermediate_size."""
     D, F = m.hidden_size, width or m.intermediate_size
-    gate_NF = linear(module, f"{prefix}gate", h_ND, ("embed", "ffn"), (D, F), std=m.init_std)
-    up_NF = linear(module, f"{prefix}up", h_ND, ("embed", "ffn"), (D, F), std=m.init_std)
-    return linear(module, f"{prefix}down", swiglu(gate_NF, up_NF), ("ffn", "embed"), (F, D), std=_residual_std(m))
+    gate_NF = linear(module, f"{prefix}gate", h_ND, ("embed", "ffn"), (D, F), std=m.init_std, dropout=dropout)
+    up_NF = linear(module, f"{prefix}up", h_ND, ("embed", "ffn"), (D, F), std=m.init_std, dropout=dropout)
+    h_NF, std = swiglu(gate_NF, up_NF), _residual_std(m)
+    return linear(module, f"{prefix}down", h_NF, ("ffn", "embed"), (F, D), std=std, dropout=dropout)
 
 
 def mixture_of_experts(
-    module: nn.Module, m: ModelConfig, moe: MoeConfig, h_ND: jax.Array, real_BT: jax.Array, compute: ComputeConfig
+    module: nn.Module,
+    m: ModelConfig,
+    moe: MoeConfig,
+    h_ND: jax.Array,
+    real_BT: jax.Array,
+    dropout: Dropout | None,
+    compute: ComputeConfig,
 ) -> jax.Array:
     """The chosen experts' outputs, weighted, plus the shared expert's, [N, D].
 
@@ -58,13 +72,15 @@ def mixture_of_experts(
     sums = ops.router_sums(routing, real_BT, dropped_NJ)
     module.sow(ROUTERS, "sums", sums, init_fn=lambda: None, reduce_fn=lambda _, new: new)
     if moe.shared_size:
-        y_ND = y_ND + _shared_expert(module, m, moe, h_ND)
+        y_ND = y_ND + _shared_expert(module, m, moe, h_ND, dropout)
     return y_ND
 
 
-def _shared_expert(module: nn.Module, m: ModelConfig, moe: MoeConfig, h_ND: jax.Array) -> jax.Array:
+def _shared_expert(
+    module: nn.Module, m: ModelConfig, moe: MoeConfig, h_ND: jax.Array, dropout: Dropout | None
+) -> jax.Array:
     """What every token takes beside its own experts (arXiv:2401.06066); gated in Qwen2-MoE."""
-    y_ND = gated_feed_forward(module, m, h_ND, width=moe.shared_size, prefix="shared_")
+    y_ND = gated_feed_forward(module, m, h_ND, dropout, width=moe.shared_size, prefix="shared_")
     if not moe.shared_gate:
         return y_ND
     gate_D1 = parameter(module, "shared_router", ("embed", "router"), (m.hidden_size, 1), normal(m.init_std))

@@ -43,6 +43,7 @@ def linear(
     shape: tuple[int, ...],
     *,
     std: float,
+    dropout: loras.Dropout | None,
     inputs: int = 1,
     bias: bool = False,
 ) -> jax.Array:
@@ -58,7 +59,7 @@ def linear(
         y_NO += offset.reshape(-1).astype(x_NI.dtype)
     low_rank = adapter(module, name, axes, shape, x_NI.dtype, inputs=inputs)
     if low_rank is not None:
-        x_NR = dropped(module, x_NI) @ low_rank.a.reshape(x_NI.shape[1], -1)
+        x_NR = dropped(module, name, x_NI, dropout) @ low_rank.a.reshape(x_NI.shape[1], -1)
         y_NO += x_NR @ low_rank.b.reshape(x_NR.shape[1], -1)
     return y_NO
 
@@ -105,13 +106,13 @@ def adapter(
     return Adapter(a.astype(dtype), (b * loras.scale(lora)).astype(dtype))
 
 
-def dropped(module: nn.Module, x_NI: jax.Array) -> jax.Array:
-    """An adapter's input: with dropout in training, which is where the caller of the decoder gives a key for it."""
+def dropped(module: nn.Module, name: str, x_NI: jax.Array, dropout: loras.Dropout | None) -> jax.Array:
+    """The input of the adapter of `name`: with dropout in training, which is where there are seeds for it."""
     lora: LoraConfig | None = getattr(module, "lora", None)
-    if lora is None or not lora.dropout or not module.has_rng("dropout"):
+    if lora is None or dropout is None:
         return x_NI
-    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x_NI.shape)
-    return jnp.where(kept, x_NI / (1 - lora.dropout), 0).astype(x_NI.dtype)
+    kept_NI = dropout.mask(name, x_NI.shape[1], lora.dropout)
+    return jnp.where(kept_NI, x_NI / (1 - lora.dropout), 0).astype(x_NI.dtype)
 
 
 def symmetric_uniform(bound: float) -> nn.initializers.Initializer:

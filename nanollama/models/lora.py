@@ -8,8 +8,9 @@ difference to the last rows of the frozen table. A tree of parameters without su
 
 import fnmatch
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from nanollama.data.strict import nearest
 
 A, B = "_lora_a", "_lora_b"
 NEW_ROWS = {"embedding": "embedding_rows", "head": "head_rows"}
-DROPOUT_KEYS = "dropout_keys"  # of a batch: uint32 [micro-batches, 2]
+DROPOUT_SEEDS = "dropout_seeds"  # of a batch: uint32 [B, T]
 
 
 def scale(lora: LoraConfig) -> float:
@@ -113,25 +114,34 @@ def head(params: Mapping[str, Any]) -> jax.Array:
     return params["head"] if columns is None else params["head"].at[:, -columns.shape[1] :].add(columns)
 
 
-def with_dropout_keys(
-    batch: dict[str, jax.Array], lora: LoraConfig | None, seed: int, step: jax.Array, micro_batches: int
+def with_dropout_seeds(
+    batch: dict[str, jax.Array], lora: LoraConfig | None, seed: int, step: jax.Array
 ) -> dict[str, jax.Array]:
-    """The batch and, where adapters have dropout, a key for each micro-batch: a function of seed and step."""
+    """The batch and, where adapters have dropout, `dropout_seeds` of its tokens."""
     if lora is None or not lora.dropout:
         return batch
-    return {**batch, DROPOUT_KEYS: dropout_keys(seed, step, micro_batches)}
+    return {**batch, DROPOUT_SEEDS: dropout_seeds(seed, step, batch["tokens"].shape)}
 
 
-def dropout_keys(seed: int, step: jax.Array, micro_batches: int) -> jax.Array:
-    """uint32 [micro-batches, 2], independent of the keys that parameters are made with."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x10BA), step)
-    return jax.random.key_data(jax.random.split(key, micro_batches))
+def dropout_seeds(seed: int, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint32, one for each token of a global batch; independent of the keys that parameters are made with.
+
+    A token keeps its seed wherever its row is sent, so that masks depend on neither micro-batches nor the mesh.
+    """
+    return jax.random.bits(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x10BA), step), shape)
 
 
-def dropout_rngs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The `rngs` with which an objective applies the decoder to a (micro-)batch; none in evaluation."""
-    keys = batch.get(DROPOUT_KEYS)
-    return {} if keys is None else {"dropout": jax.random.wrap_key_data(keys[0])}
+class Dropout(NamedTuple):
+    """What the masks of one layer are made from."""
+
+    seeds_N: jax.Array  # uint32, of the tokens
+    layer: jax.Array  # int32 scalar, its number in the model
+
+    def mask(self, name: str, width: int, rate: float) -> jax.Array:
+        """bool [N, width], False for a share `rate` of the inputs of the adapter of the weight `name`."""
+        key = jax.random.fold_in(jax.random.key(zlib.crc32(name.encode())), self.layer)
+        keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, self.seeds_N)
+        return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (width,)))(keys_N)
 
 
 def _select(tree: Any, wanted: Callable[[str], bool]) -> Any:

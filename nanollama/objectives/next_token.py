@@ -11,7 +11,7 @@ import jax
 from nanollama.config import LossConfig
 from nanollama.models.decoder import Decoder, head, router_sums
 from nanollama.models.feed_forward import ROUTERS
-from nanollama.models.lora import dropout_rngs
+from nanollama.models.lora import DROPOUT_SEEDS
 from nanollama.ops.losses import LossSums, cross_entropy_sums, token_log_probs
 from nanollama.ops.moe import moe_sums, real_tokens
 from nanollama.parallel import context
@@ -60,11 +60,11 @@ def target_log_probs(params: Any, batch: Batch, decoder: Decoder, *, micro_batch
 
 def _forward(params: Any, batch: Batch, decoder: Decoder, micro_batches: int) -> tuple[Batch, jax.Array, Any]:
     """(batch, final hidden states, what the routers left), all cut into pieces where the mesh has a context axis."""
-    moe, first_key_BT, rngs = decoder.model.moe, batch.get("first_key"), dropout_rngs(batch)
+    moe, first_key_BT = decoder.model.moe, batch.get("first_key")
     real_BT = None if moe is None else batch["weights"] > 0 if first_key_BT is None else real_tokens(first_key_BT)
     pieces = context.size() > 1
     if pieces:  # a device has two pieces of each of its rows: everything but attention treats them as rows
-        names = ("tokens", "positions", "first_key", "targets", "weights")
+        names = ("tokens", "positions", "first_key", "targets", "weights", DROPOUT_SEEDS)
         arrays = {name: batch[name] for name in names if name in batch}
         batch = context.to_pieces(arrays if real_BT is None else {**arrays, "real": real_BT})
         first_key_BT, real_BT = batch.get("first_key"), batch.get("real")
@@ -75,8 +75,8 @@ def _forward(params: Any, batch: Batch, decoder: Decoder, micro_batches: int) ->
         first_key_BT,
         real_BT=real_BT,
         starts_B=context.starts(*batch["tokens"].shape) if pieces else None,
+        seeds_BT=batch.get(DROPOUT_SEEDS),
         micro_batches=micro_batches,
         mutable=[ROUTERS],
-        rngs=rngs,
     )
     return batch, hidden_BTD, state

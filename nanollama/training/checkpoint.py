@@ -16,7 +16,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,13 @@ import orbax.checkpoint as ocp
 import tensorstore as ts  # what Orbax stores arrays with
 
 from nanollama.config import CheckpointConfig, ModelConfig
-from nanollama.data.files import DataError
-from nanollama.data.strict import FieldError, from_mapping, to_mapping
-from nanollama.training.integrity import find_damage, state_hashes, tree_hash, write_hash_list
+from nanollama.training.compatibility import check_arrays, check_model
+from nanollama.training.integrity import CheckpointError, find_damage, state_hashes, tree_hash, write_hash_list
 
 __all__ = ["CheckpointError", "Checkpoints", "restore_params", "tree_hash"]
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES, LEAST_CHUNK_BYTES = 16 << 20, 1 << 20  # what of an array is compressed, and later read, at one time
-
-
-class CheckpointError(DataError):
-    """A checkpoint that cannot be saved or used; the message says which, why and what to do."""
 
 
 class Checkpoints:
@@ -122,10 +117,10 @@ class Checkpoints:
         folder = self._folder(step)
         if step not in self._verified and (damage := _absent_or_damaged(folder)):
             raise CheckpointError(f"{folder}: {damage}. Restore another step: {self.steps()}.")
-        metadata = _read_metadata(folder)
+        metadata = read_metadata(folder)
         if model is not None:
             check_model(folder, metadata, model)
-        _check_arrays(folder, abstract_state)
+        check_arrays(folder, saved_arrays(folder), abstract_state)
         return _read_arrays(folder, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract_state)), metadata
 
     @cached_property
@@ -281,12 +276,7 @@ def restore_params(path: str | Path, shardings: Any = None, dtype: Any = None) -
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
     )
     params = _read_arrays(folder, ocp.PyTreeCheckpointHandler(), arguments)["params"]
-    return params, _read_metadata(folder)
-
-
-def read_metadata(folder: str | Path) -> dict[str, Any]:
-    """What was saved beside the arrays of a step folder."""
-    return _read_metadata(Path(folder))
+    return params, read_metadata(folder)
 
 
 def restore_numpy(path: str | Path) -> dict[str, Any]:
@@ -321,8 +311,9 @@ def _absent_or_damaged(folder: Path) -> str | None:
     return find_damage(folder) if folder.is_dir() else "no such checkpoint"
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metadata" / "metadata").read_text(encoding="utf-8"))
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """What was saved beside the arrays of a step folder."""
+    return json.loads((Path(folder) / "metadata" / "metadata").read_text(encoding="utf-8"))
 
 
 def saved_arrays(folder: Path) -> Any:
@@ -335,48 +326,6 @@ def _read_arrays(folder: Path, handler: ocp.CheckpointHandler, arguments: ocp.ar
     # The item's handler, not a Checkpointer: that one warns of every other item in the folder.
     with contextlib.closing(handler), jax.transfer_guard("allow"):
         return handler.restore(folder / "state", args=arguments)
-
-
-def check_model(folder: Path, metadata: Mapping[str, Any], model: ModelConfig, besides: Sequence[str] = ()) -> None:
-    """Compare architectures, but for `besides` and `init_std`. Errors: CheckpointError names fields and both values."""
-    try:
-        saved = to_mapping(from_mapping(ModelConfig, metadata["config"]["model"], "config.model"))
-    except (KeyError, TypeError, FieldError) as error:
-        raise CheckpointError(
-            f"{folder}: its metadata names no architecture this version knows ({error}). Use the version that wrote it."
-        ) from error
-    asked = to_mapping(model)
-    different = [
-        f"config.model.{name}: checkpoint {saved[name]!r}, asked {asked[name]!r}"
-        for name in asked
-        if name not in ("init_std", *besides) and saved[name] != asked[name]
-    ]
-    if different:
-        raise CheckpointError(
-            f"{folder} is of another model: {'; '.join(different)}. Use the checkpoint's values, or "
-            "train this model from the start in another run folder."
-        )
-
-
-def _check_arrays(folder: Path, abstract_state: Any) -> None:
-    saved, asked = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (saved_arrays(folder), abstract_state)
-    )
-    different = [
-        f"{name}: checkpoint {saved.get(name, 'has none')}, asked {asked.get(name, 'for none')}"
-        for name in sorted(saved.keys() | asked.keys())
-        if saved.get(name) != asked.get(name)
-    ]
-    if different:
-        more = f"; and {len(different) - 8} more" if len(different) > 8 else ""
-        raise CheckpointError(
-            f"{folder} holds other arrays than asked for: {'; '.join(different[:8])}{more}. The model "
-            "and config.optimizer.name must be those of the checkpoint."
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:

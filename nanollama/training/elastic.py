@@ -25,9 +25,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from nanollama.config import Config, ConfigError
 from nanollama.models.decoder import Decoder
-from nanollama.models.lora import DROPOUT_KEYS, dropout_keys
+from nanollama.models.lora import DROPOUT_SEEDS, dropout_seeds
 from nanollama.objectives import next_token
-from nanollama.ops.losses import LossSums
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import TrainState
 from nanollama.training.step import KEYS, Batch, Metrics, check_weights, gradient_of, split_rows, update
@@ -58,22 +57,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Turns) -> tuple[TrainState, Metrics]:
         if config.lora is not None and config.lora.dropout:
-            batch = _with_dropout_keys(batch, config, state.step, mesh)
+            batch = _with_dropout_seeds(batch, config, state.step, mesh)
         gradients, sums = _sum_over(gradient_on_each, state.params, batch, mesh)
         return apply(state, gradients, sums)
 
     return train_step
-
-
-def make_eval_step(
-    config: Config, decoder: Decoder, mesh: Mesh, shardings: TrainState
-) -> Callable[[Any, Turns], LossSums]:
-    """`evaluate(params, batch) -> LossSums` as `training.step.make_eval_step`; the same bits on any devices."""
-    check_devices(config, mesh)
-    del shardings
-    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss)
-    sums_on_each = on_each_device(lambda params, batch: loss(params, batch)[1], mesh)
-    return lambda params, batch: _sum_over(sums_on_each, params, batch, mesh)
 
 
 def put_batch(arrays: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> Turns:
@@ -86,17 +74,20 @@ def put_batch(arrays: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> T
     return [jax.device_put({key: x_MBT[turn::turns] for key, x_MBT in stacked.items()}, where) for turn in range(turns)]
 
 
-def _with_dropout_keys(batch: Turns, config: Config, step: jax.Array, mesh: Mesh) -> Turns:
-    """Each micro-batch's key beside it, the same as `training.step` gives it."""
-    keys = _keys_of_turns(config.seed, step, config.batch.micro_batches, len(batch))
-    on_devices = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("data")))
-    return [{**one, DROPOUT_KEYS: keys_D12} for one, keys_D12 in zip(batch, on_devices, strict=True)]
+def _with_dropout_seeds(batch: Turns, config: Config, step: jax.Array, mesh: Mesh) -> Turns:
+    """Each token's seed beside it, the same as `training.step` gives it."""
+    shape = (config.batch.global_rows, config.data.sequence_length)
+    seeds = _seeds_of_turns(config.seed, step, shape, config.batch.micro_batches, len(batch))
+    on_devices = jax.device_put(seeds, NamedSharding(mesh, PartitionSpec("data")))
+    return [{**one, DROPOUT_SEEDS: seeds_DBT} for one, seeds_DBT in zip(batch, on_devices, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _keys_of_turns(seed: int, step: jax.Array, micro_batches: int, turns: int) -> list[jax.Array]:
-    keys_M12 = dropout_keys(seed, step, micro_batches)[:, None]
-    return [keys_M12[turn::turns] for turn in range(turns)]
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _seeds_of_turns(
+    seed: int, step: jax.Array, shape: tuple[int, int], micro_batches: int, turns: int
+) -> list[jax.Array]:
+    seeds_MBT = split_rows(dropout_seeds(seed, step, shape), micro_batches)
+    return [seeds_MBT[turn::turns] for turn in range(turns)]
 
 
 def check_devices(config: Config, mesh: Mesh) -> None:

@@ -26,11 +26,11 @@ from nanollama.training import state as states
 from nanollama.training.checkpoint import (
     CheckpointError,
     Checkpoints,
-    check_model,
     find_step_folder,
     read_metadata,
     restore_params,
 )
+from nanollama.training.compatibility import check_model
 from nanollama.training.integrity import checkpoint_hash
 from nanollama.training.state import TrainState
 from nanollama.training.stored_parameters import Read, parameter_infos, parameter_reader

@@ -20,6 +20,10 @@ HASH_LIST = "integrity.json"
 _NOT_HASHED = {HASH_LIST, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
+class CheckpointError(DataError):
+    """A checkpoint that cannot be saved or used; the message says which, why and what to do."""
+
+
 def write_hash_list(folder: Path) -> None:
     """List every file of a finished but not yet committed checkpoint, with its size and SHA-256."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""One optimizer step as one compiled program, and its evaluation twin, over a mesh.
+"""One optimizer step as one compiled program, over a mesh.
 
 Owns accumulation, exact token weighting and the step's metrics. Losses and gradients are summed over tokens and
 divided once, by the weight of the whole global batch: cutting the batch into micro-batches or over devices changes
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nanollama.config import Config, ConfigError
 from nanollama.data.files import DataError
 from nanollama.models.decoder import LAYERS, Decoder
-from nanollama.models.lora import learned, with_dropout_keys, with_learned
+from nanollama.models.lora import learned, with_dropout_seeds, with_learned
 from nanollama.objectives import next_token
 from nanollama.ops.losses import LossSums
 from nanollama.ops.moe import MoeSums, updated_bias
@@ -54,7 +54,7 @@ def make_train_step(
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = with_dropout_keys(batch, config.lora, config.seed, state.step, config.batch.micro_batches)
+        batch = with_dropout_seeds(batch, config.lora, config.seed, state.step)
         gradients, sums = gradient(state.params, batch)
         return update(state, gradients, sums, optimizer, schedule, config.loss.bias_update_rate)
 
@@ -65,19 +65,6 @@ def make_train_step(
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
-
-
-def make_eval_step(config: Config, decoder: Decoder, mesh: Mesh, shardings: TrainState) -> Any:
-    """`evaluate(params, batch) -> LossSums`, jitted: sums, so that the host adds batches exactly. No gradients."""
-    micro_batches = config.batch.micro_batches
-    loss = functools.partial(next_token.loss_sums, decoder=decoder, loss=config.loss, micro_batches=micro_batches)
-
-    def evaluate(params: Any, batch: Batch) -> LossSums:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return loss(params, batch)[1]
-
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(evaluate, in_shardings=(shardings.params, batch_sharding(mesh)), out_shardings=everywhere)
 
 
 def put_batch(arrays: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> Batch:
@@ -102,9 +89,7 @@ def check_weights(arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def check_layout(config: Config, mesh: Mesh) -> None:
-    """Rows must divide into micro-batches, and each micro-batch's rows over the devices; no dropout with stages."""
-    if mesh.shape["stage"] > 1 and config.lora is not None and config.lora.dropout:
-        raise ConfigError("config.lora.dropout", "is not 0, with config.mesh.stage > 1", "Set it to 0, or stage to 1.")
+    """Rows must divide into micro-batches, and each micro-batch's rows over the devices."""
     context.check_length(config.data.sequence_length, mesh.shape["context"])
     rows, micro_batches = config.batch.global_rows, config.batch.micro_batches
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
