@@ -12,6 +12,7 @@ DIR/shards and DIR/manifest.json are the corpus; DIR/decisions holds what every 
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import tempfile
@@ -22,18 +23,19 @@ from typing import Any
 from data_pipeline import cards, corpus_format
 from data_pipeline.account import Counts
 from data_pipeline.config import load_mixture
-from data_pipeline.corpus_run import Plan, Run
+from data_pipeline.corpus_run import CACHE, DECISIONS, Plan, Run
 from data_pipeline.mixture import plan_of
 from data_pipeline.mixture_schema import MixtureConfig
 from data_pipeline.progress import Progress
 from data_pipeline.sampling import sample
-from data_pipeline.stage import command, disk_full_explained, finished
+from data_pipeline.stage import command, disk_full_explained, finished, require_own
 from data_pipeline.tasks import Executor
 from data_pipeline.workers import ENGINES, open_executor
 from nanollama.data.files import DataError, Lock, write_json
 
 PLAN = "plan.json"  # of the mixture, written before anything is read
 STEPS = ("download", "curate", "select", "sample", "full")
+MADE = (corpus_format.SHARDS, DECISIONS, CACHE, corpus_format.CARD, corpus_format.DROPPED)
 SMALL_BYTES = 50_000_000  # below, starting worker processes takes longer than they save
 
 
@@ -55,6 +57,8 @@ def build_corpus(config: str | os.PathLike[str],
         raise DataError(f"--step={step}: known are {', '.join(STEPS)}.")
     if engine not in ENGINES:
         raise DataError(f"--engine={engine}: known are {', '.join(ENGINES)}.")
+    if workers is not None and workers < 1:
+        raise DataError(f"--workers={workers}: give 1 or more.")
     mixture = load_mixture(config)
     if limit_mb is not None:
         mixture = _limited(mixture, limit_mb)
@@ -71,6 +75,7 @@ def build_corpus(config: str | os.PathLike[str],
         output = Path(output)
         stack.enter_context(Lock(output))
         stack.enter_context(disk_full_explained(output))
+        require_own(output, corpus_format.MANIFEST, "corpus", PLAN, MADE)
         if step == "full":
             done = finished(output, corpus_format.MANIFEST, plan.head["fingerprint"],
                             lambda manifest: [*manifest["shards"], manifest["dropped"], manifest["decisions"]])
@@ -87,7 +92,7 @@ def _workers(plan: Plan, engine: str) -> int:
 
 
 def _limited(mixture: MixtureConfig, limit_mb: float) -> MixtureConfig:
-    if limit_mb <= 0:
+    if not 0 < limit_mb < math.inf:
         raise DataError(f"--limit-mb={limit_mb}: give a number above 0.")
     limit = int(limit_mb * 1e6)
     return dataclasses.replace(mixture, datasets=tuple(

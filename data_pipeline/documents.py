@@ -70,7 +70,7 @@ def make_document(id: str, value: Any, meta: Mapping[str, Any], place: Place,
     try:
         encoded = encode_text(value)
     except BadText as error:
-        return Bad(place, str(error))
+        return Bad(place, str(error), "" if value is None or isinstance(value, str) else type(value).__name__)
     return Document(id, value, encoded, dict(meta), place, date)
 
 
@@ -94,7 +94,8 @@ def scalar_meta(row: Mapping[str, Any], wanted: tuple[str, ...] | None,
                 leave_out: set[str]) -> dict[str, Any]:
     """The fields of `row` to keep beside the text: `wanted`, or every short scalar field."""
     names = wanted if wanted is not None else [name for name in row if name not in leave_out]
-    return {str(name): row[name] for name in names if name in row and _is_short_scalar(row[name])}
+    return {str(name): row[name] for name in names
+            if name in row and _is_short_scalar(name) and _is_short_scalar(row[name])}
 
 
 def _is_short_scalar(value: Any) -> bool:

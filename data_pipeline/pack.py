@@ -37,6 +37,7 @@ from data_pipeline.stage import (
     command,
     disk_full_explained,
     finished,
+    require_own,
     require_space,
     work_directory,
 )
@@ -97,6 +98,7 @@ def build_packed(corpus: str | os.PathLike[str],
                                "tokenizer": frozen.sha256, "config": dataclasses.asdict(config),
                                **({} if dataset is None else {"dataset": dataset})})
     with Lock(output), disk_full_explained(output):
+        require_own(output, MANIFEST_FILE, "packed", WORK, ("*.array_record", DOCUMENTS_FILE, CARD_FILE))
         done = finished(output, MANIFEST_FILE, fingerprint, lambda manifest: manifest["files"])
         if done is not None:
             print(f"{output}: up to date, nothing to do", file=sys.stderr)

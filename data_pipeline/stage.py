@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,26 @@ def finished(output: Path, manifest_name: str, fingerprint: str, files: Callable
             print(f"{file}: missing or changed since it was made; making it again.", file=sys.stderr)
             return None
     return manifest
+
+
+def require_own(output: Path, manifest_name: str, kind: str, mark: str, made: Sequence[str]) -> None:
+    """Raises DataError when a run in `output` would replace or remove what it did not make.
+
+    `made`: globs of what such a run puts there; they are its own beside a manifest of this `kind`, or beside `mark`,
+    which it writes before any of them.
+    """
+    path = output / manifest_name
+    found = [file for pattern in made for file in output.glob(pattern)]
+    if path.exists():
+        manifest = read_json(path)
+        if isinstance(manifest, dict) and manifest.get("kind") == kind:
+            return
+        found = [path]
+    elif (output / mark).exists():
+        return
+    if found:
+        raise DataError(f"{found[0]}: is there already and was made by something else. This command would replace it: "
+                        "choose another --output, an empty or a new directory.")
 
 
 def work_directory(output: Path, fingerprint: str) -> Path:

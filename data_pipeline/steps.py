@@ -114,7 +114,7 @@ def _make(classes: Mapping[str, type], key: str, mapping: Any, where: str, what:
         raise FieldError(where, f"{mapping!r} has no `{key}`",
                          f"Write for example {{{key}: {next(iter(classes))}}}; known: {', '.join(classes)}.")
     name = mapping[key]
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise FieldError(f"{where}.{key}", f"no {what} is called {name!r}", nearest(str(name), list(classes)))
     made: Any = from_mapping(classes[name], mapping, where)
     if hasattr(made, "check"):

@@ -33,7 +33,15 @@ from data_pipeline.progress import Progress
 from data_pipeline.stage import WORK, command, disk_full_explained, work_directory
 from data_pipeline.tokenizer_sample import CHUNK_BYTES, plan_sample
 from nanollama.data.files import DataError, Lock, read_json, sha256_json, write_atomic
-from nanollama.data.tokenizer import CARD_FILE, MANIFEST_FILE, MODEL_FILE, Tokenizer, copy_tokenizer, freeze
+from nanollama.data.tokenizer import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    MODEL_FILES,
+    Tokenizer,
+    copy_tokenizer,
+    freeze,
+)
 
 STAGE_VERSION = 2  # raise it when the same inputs would give another tokenizer
 THREADS = 4  # fixed: the unigram trainer sums in an order that depends on it, and the file records it
@@ -119,6 +127,9 @@ def _existing(output: Path, fingerprint: str, replace: bool) -> Tokenizer | None
     if not path.exists():
         return None
     found = read_json(path)
+    if not isinstance(found, dict) or found.get("kind") not in MODEL_FILES:
+        raise DataError(f"{path}: is there already and is no tokenizer's. This command would replace it: choose "
+                        "another --output, an empty or a new directory.")
     if found.get("corpus", {}).get("fingerprint") == fingerprint and (output / CARD_FILE).exists():
         return Tokenizer.load(output)
     if replace or found.get("corpus", {}).get("fingerprint") == fingerprint:

@@ -21,8 +21,11 @@ def load_with_lines(path: str | os.PathLike[str], root: str) -> tuple[Any, dict[
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise YamlError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    except OSError as error:
+        raise YamlError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise YamlError(f"{path}: not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}). Save it as "
+                        "UTF-8.") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
@@ -32,7 +35,7 @@ def load_with_lines(path: str | os.PathLike[str], root: str) -> tuple[Any, dict[
         raise YamlError(f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error}).") from error
     lines: dict[str, int] = {}
     if node is not None:
-        _walk(node, root, lines, str(path))
+        _walk(node, root, lines, str(path), ())
     return value, lines
 
 
@@ -44,11 +47,15 @@ def line_of(field: str, lines: dict[str, int]) -> int:
     return lines.get(field, 1)
 
 
-def _walk(node: yaml.Node, where: str, lines: dict[str, int], path: str) -> None:
+def _walk(node: yaml.Node, where: str, lines: dict[str, int], path: str, around: tuple[yaml.Node, ...]) -> None:
+    """`around`: the nodes that `node` is in."""
     lines.setdefault(where, node.start_mark.line + 1)
+    if any(node is outer for outer in around):
+        raise YamlError(f"{path}:{node.start_mark.line + 1}: {where} is an alias of what it stands in. Write it out.")
+    around = (*around, node)
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _walk(item, f"{where}[{index}]", lines, path)
+            _walk(item, f"{where}[{index}]", lines, path, around)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, item in node.value:
@@ -58,4 +65,4 @@ def _walk(node: yaml.Node, where: str, lines: dict[str, int], path: str) -> None
                                 "Keep one of them.")
             seen.add(name)
             lines[f"{where}.{name}"] = key.start_mark.line + 1
-            _walk(item, f"{where}.{name}", lines, path)
+            _walk(item, f"{where}.{name}", lines, path, around)

@@ -29,6 +29,7 @@ BROKEN_LINES = {
     b'{"text": " \\n "}': "empty text",
     b'{"text": "a\\u0000b"}': "NUL character in the text",
     b'{"text": "\\ud800"}': "lone surrogate in the text",
+    b'{"\\ud800": "a name that is no text"}': "no field 'text'",
     b"[" * 100_000: "broken JSON",  # nested too deep for the parser
     b'{"text": "x", "n": ' + b"9" * 5000 + b"}": "broken JSON",  # an integer too long to convert
     b'{"text": "' + b"x" * 200_000 + b'"}': "line over max_line_bytes",
@@ -38,7 +39,8 @@ BROKEN_LINES = {
 def test_each_broken_line_is_named_counted_and_costs_nothing_else(tmp_path: Path, capsys: Any) -> None:
     lines: list[bytes] = []
     for line in BROKEN_LINES:
-        lines += [jsonl([f"good {len(lines)}"])[:-1], line]
+        good = b'{"text": "good %d", "\\udfff": 1, "of": "\\udfff"}'  # what cannot be stored is not kept beside a text
+        lines += [good % len(lines), line]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
     config = mixture(tmp_path / "mix.yaml",
                      {"name": "set", "source": str(tmp_path / "rows.jsonl"), "max_line_bytes": 150_000})
@@ -228,8 +230,34 @@ def test_analyze_only_writes_nothing_and_limit_reads_little(tmp_path: Path) -> N
     limited = build_corpus(config, tmp_path / "out", limit_mb=0.01)
     assert [row["bytes"]
             for row in limited["datasets"]] <= [10_000] * 3 and limited["datasets"][0]["kept"] == 32
-    with pytest.raises(DataError, match="above 0"):
-        build_corpus(config, tmp_path / "out", limit_mb=0)
+    for wrong in (0, float("nan"), float("inf")):
+        with pytest.raises(DataError, match="above 0"):
+            build_corpus(config, tmp_path / "out", limit_mb=wrong)
+    with pytest.raises(DataError, match="--workers=0: give 1 or more"):
+        build_corpus(config, tmp_path / "out", workers=0)
+
+
+@pytest.mark.parametrize("there", ["shards/mine.jsonl", ".cache/other/data", "decisions/mine.txt", "manifest.json"])
+def test_what_others_made_is_not_removed(tmp_path: Path, there: str) -> None:
+    """A corpus replaces its shards and tidies its cache: only where they are its own."""
+    config, output = small_mixture(tmp_path), tmp_path / "out"
+    mine = output / there
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"kind": "packed"}')
+    with pytest.raises(DataError, match=f"{output}/{there.split('/')[0]}: is there already and was made by something"):
+        build_corpus(config, output)
+    assert mine.read_text() == '{"kind": "packed"}'
+    (tmp_path / "other").mkdir()
+    mine.rename(tmp_path / "other" / "notes.txt")  # beside a corpus anything else may be
+    build_corpus(config, tmp_path / "other")
+    assert (tmp_path / "other" / "notes.txt").exists()
+
+
+def test_an_output_that_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DataError, match=f"{output}: is no directory that can be written"):
+            build_corpus(small_mixture(tmp_path), output)
 
 
 def test_the_account_catches_a_lost_row(tmp_path: Path, monkeypatch: Any) -> None:

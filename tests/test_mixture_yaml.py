@@ -88,6 +88,12 @@ MISTAKES = [
     ("phase: test", "phase: test, phaze: 1", 1, ["metadata.phaze", "'phase'"]),
     ("datasets:\n", "validation: {ratio: 1.5}\ndatasets:\n", 2, ["validation.ratio", "[0, 1)"]),
     ("datasets:\n", "datasets: [\n", 3, ["not YAML"]),
+    ("source: a.jsonl", "source: a.jsonl\n    filters: &f\n      - {type: *f}", 5, ["alias of what it stands in"]),
+    ("source: a.jsonl", "source: a.jsonl\n    filters:\n      - {type: [length]}", 6, ["no filter", "length"]),
+    ("source: a.jsonl", "source: a.jsonl\n    max_bytes: 1e9", 5, ["1_000_000_000 without quotes"]),
+    ("source: a.jsonl", "source: a.jsonl\n    max_bytes: 1.5e+9", 5, ["such as 1_500_000_000"]),
+    ("source: a.jsonl", "source: null", 4, ["NoneType", "a value of type str", "a list of str"]),
+    ("phase: test", "phase: 2020-01-01", 1, ["metadata.phase", "put it in quotes"]),
     ("a test}", "a test", 2, ["not YAML"]),
 ]
 
@@ -112,8 +118,9 @@ def test_other_files_that_are_no_mixture(tmp_path: Path) -> None:
             load_mixture(write(tmp_path, textwrap.dedent(text)))
     with pytest.raises(MixtureError, match="has no dataset"):
         load_mixture(write(tmp_path, "metadata: {phase: a, description: b}\ndatasets: []\n"))
-    with pytest.raises(MixtureError, match="cannot be read"):
-        load_mixture(tmp_path / "absent.yaml")
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(MixtureError, match=r"cannot be read \([A-Z]"):
+            load_mixture(path)
     (tmp_path / "latin.yaml").write_bytes(b"metadata: {phase: \xff}\n")
     with pytest.raises(MixtureError, match="UTF-8"):
         load_mixture(tmp_path / "latin.yaml")

@@ -303,6 +303,11 @@ def test_settings_that_cannot_work(room: Path, tmp_path: Path) -> None:
     assert pack(room, tmp_path / "out", validation_fraction=1e-9)["splits"]["validation"]["documents"] == 1
     with pytest.raises(DataError, match="no finished corpus"):
         build_packed(tmp_path, room / "tokenizer", tmp_path / "out", record_length=64)
+    manifest = room / "corpus" / "manifest.json"
+    before = manifest.read_bytes()
+    with pytest.raises(DataError, match=f"{manifest}: is there already and was made by something else"):
+        pack(room, room / "corpus")
+    assert manifest.read_bytes() == before
 
 
 def test_a_full_disk_leaves_the_earlier_set_untouched(room: Path, packed: Path, tmp_path: Path,

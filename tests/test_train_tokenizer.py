@@ -91,6 +91,8 @@ def test_a_frozen_tokenizer_is_not_replaced_unasked(corpus: Path, tmp_path: Path
     with pytest.raises(DataError, match=rf"holds a frozen tokenizer \({first.sha256[:16]}\).*--replace"):
         build_tokenizer(corpus, output, TokenizerConfig(vocab_size=510))
     assert Tokenizer.load(output).sha256 == first.sha256
+    with pytest.raises(DataError, match="is there already and is no tokenizer's"):
+        build_tokenizer(corpus, corpus, TokenizerConfig(vocab_size=500), replace=True)
     (output / "manifest.json").rename(tmp_path
                                       / "kept.json")  # a model without its manifest is no free place either
     with pytest.raises(DataError, match="another tokenizer is there"):

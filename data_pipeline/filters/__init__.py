@@ -52,7 +52,7 @@ def make_filter(mapping: Any, where: str) -> Filter:
             where, f"{mapping!r} has no `type`", f"Write for example {{type: length, min_characters: 50}}; "
             f"types: {', '.join(FILTERS)}.")
     name = mapping["type"]
-    if name not in FILTERS:
+    if not isinstance(name, str) or name not in FILTERS:
         raise FieldError(f"{where}.type", f"no filter is called {name!r}", nearest(str(name), list(FILTERS)))
     made: Filter = from_mapping(FILTERS[name], mapping, where)
     made.check(where)

@@ -70,7 +70,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 class Lock:
-    """Holds `directory` for one process; a second one is told who has it. Released when the process dies.
+    """Holds `directory` for one process; a second one is told who has it. Released when the process dies. Errors:
+    DataError, also when there is no such directory and none can be made.
 
     The kernel drops an flock with its process, so a kill never leaves a stale lock behind.
     """
@@ -80,8 +81,12 @@ class Lock:
         self._file: Any = None
 
     def __enter__(self) -> "Lock":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+", encoding="utf-8")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{self.path.parent}: is no directory that can be written ({error.strerror}). Choose "
+                            "another one.") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -89,15 +89,25 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise FieldError(
-            where,
-            f"{value!r} is of type {type(value).__name__}",
-            f"Give it a value of type {_type_name(hint)}.",
-        )
+        raise FieldError(where, f"{value!r} is of type {type(value).__name__}",
+                         f"Give it a value of type {_type_name(hint)}{_spelling(hint, value)}.")
     return value
 
 
+def _spelling(hint: Any, value: Any) -> str:
+    """How YAML wants a value of type `hint` written, where `value` was read as another."""
+    if hint in (int, float) and isinstance(value, str):
+        try:
+            return f": {hint(float(value)):_} without quotes (YAML takes 1e9 for text)"
+        except (ValueError, OverflowError):
+            return ""
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return f", such as {int(value):_}"
+    return ": put it in quotes" if hint is str and not isinstance(value, (list, tuple, dict, type(None))) else ""
+
+
 def _convert_union(hint: Any, value: Any, where: str) -> Any:
+    errors: list[FieldError] = []
     for option in typing.get_args(hint):
         if option is type(None):
             if value is None:
@@ -106,8 +116,10 @@ def _convert_union(hint: Any, value: Any, where: str) -> Any:
         try:
             return _convert(option, value, where)
         except FieldError as error:
-            last = error
-    raise last
+            errors.append(error)
+    if len(errors) == 1 or errors[-1].field != where:
+        raise errors[-1]
+    raise FieldError(where, f"{value!r} is of type {type(value).__name__}", " Or: ".join(e.fix for e in errors))
 
 
 def _convert_tuple(hint: Any, value: Any, where: str) -> tuple:
