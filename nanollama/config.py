@@ -291,19 +291,13 @@ def check(config: Config) -> None:
     check_model(model)
     if not data.sets:
         raise ConfigError("config.data.sets", "is empty", "Name at least one packed set.")
-    if batch.micro_batches == 0:
-        if config.determinism == "elastic" or config.mesh.stage != 1:
-            raise ConfigError(
-                "config.batch.micro_batches",
-                "0 (as few as fit) in elastic mode or with stages, where the number is part of what is computed",
-                "Give a number.",
-            )
-    elif batch.micro_batches < 0 or batch.global_rows % batch.micro_batches:
-        raise ConfigError(
-            "config.batch.micro_batches",
-            f"{batch.micro_batches} does not divide global_rows={batch.global_rows}",
-            "Use a divisor.",
-        )
+    micro, fixed = batch.micro_batches, config.determinism == "elastic" or config.mesh.stage != 1
+    if micro == 0 and fixed:
+        problem = "0 (as few as fit) in elastic mode or with stages, where the number is part of what is computed"
+        raise ConfigError("config.batch.micro_batches", problem, "Give a number.")
+    if micro < 0 or (micro and batch.global_rows % micro):
+        problem = f"{micro} does not divide global_rows={batch.global_rows}"
+        raise ConfigError("config.batch.micro_batches", problem, "Use a divisor.")
     _check_schedule(config)
     _check_experts(config)
     _check_mesh(config)
@@ -338,7 +332,7 @@ def _check_experts(config: Config) -> None:
         return
     if config.compute.moe == "capacity":
         check_positive({"config.compute.moe_capacity": config.compute.moe_capacity})
-    if loss.balance == "batch" and loss.balance_loss and config.batch.micro_batches > 1:
+    if loss.balance == "batch" and loss.balance_loss and config.batch.micro_batches != 1:
         raise ConfigError(
             "config.loss.balance",
             f"'batch' with micro_batches={config.batch.micro_batches}",

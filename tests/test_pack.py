@@ -270,13 +270,13 @@ def test_a_long_document_is_one_segment_of_a_long_row(room: Path, packed: Path) 
     assert row_T["positions"][here].tolist() == list(range(longest["tokens"]))
 
 
-def test_other_inputs_make_another_set_and_damage_is_named(room: Path, tmp_path: Path) -> None:
+def test_other_inputs_make_another_set_and_damage_is_named(room: Path, packed: Path, tmp_path: Path) -> None:
     for name in ("corpus", "tokenizer"):
         shutil.copytree(room / name, tmp_path / name)
     first = pack(tmp_path, tmp_path / "packed")
     assert pack(tmp_path, tmp_path / "packed", record_length=256)["record_length"] == 256  # remade in place
     assert sorted(path.name for path in (tmp_path / "packed").iterdir() if path.name[0] != ".") == sorted(
-        path.name for path in (room / "packed").iterdir() if path.name[0] != ".")
+        path.name for path in packed.iterdir() if path.name[0] != ".")
     assert pack(tmp_path, tmp_path / "packed")["dataset_id"] == first["dataset_id"]
     file = tmp_path / "packed" / "train-00000.array_record"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
