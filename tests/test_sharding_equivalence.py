@@ -138,8 +138,8 @@ def test_where_each_parameter_is_cut() -> None:
 
     def cuts(config: Config, mesh: MeshConfig) -> dict[str, str]:
         params = abstract_state(config, make_optimizer(config), make_mesh(mesh)).params
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): " ".join(axis or "-" for axis in x.sharding.spec)
-                for path, x in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+        return {jax.tree_util.keystr(at, simple=True, separator="/"): " ".join(axis or "-" for axis in x.sharding.spec)
+                for at, x in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
 
     assert cuts(EXPERTS, MeshConfig(1, fsdp=2, expert=2, tensor=2)) == {
         "embedding": "tensor fsdp", "head": "fsdp tensor", "final_norm": "-",
