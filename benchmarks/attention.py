@@ -1,16 +1,14 @@
 """Attention on this GPU: our kernels beside cuDNN and plain XLA, forward and forward + backward.
 
-    python benchmarks/attention.py [--lengths=1024,4096,16384] [--head-dims=64,128] [--tune] [--out=FILE]
+    python benchmarks/attention.py [--lengths=1024,4096,16384] [--head-dims=64,128] [--rows=plain,packed] [--tune]
 
 Needs jax and numpy only. First the card's own ceiling (a bfloat16 matrix product of random numbers), then each shape
 plain (causal, one document a row) and packed (eight documents a row). TFLOP/s count what the mask lets through:
 4 T^2 D / 2 a head forward, 3.5 times that with backward; packed rows are also given as times faster than cuDNN's
-causal attention, which is what one runs where documents cannot be masked. Prints a table and writes JSON.
+causal attention, which is what one runs where documents cannot be masked. Prints a table; writes JSON after each shape.
 """
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.machine import RESULTS, write
 from nanollama.kernels import tune, tuning
 from nanollama.kernels.flash import why_not_mosaic
 
-ROOT = Path(__file__).resolve().parent.parent
-
-RESULTS = ROOT / "benchmarks" / "results" / "attention.json"
+WHAT = "attention, bfloat16; TFLOP/s of what the mask lets through; medians"
 TOKENS = 16_384  # positions of a measurement, and H * K = 2048: as published tables have it
 WIDTH = 2048
 
@@ -112,12 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="1024,4096,16384")
     parser.add_argument("--head-dims", default="64,128")
+    parser.add_argument("--rows", default="plain,packed")
     parser.add_argument("--group", type=int, default=1, help="query heads per KV head")
     parser.add_argument(
         "--tune", action="store_true", help="first measure tiles (minutes a shape) and keep the best"
     )
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "attention.json")
     parser.add_argument(
         "--interpret", action="store_true", help="tiny, on any device: tries the program, not the speed"
     )
@@ -132,43 +130,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     titles = ("fwd ms", "f+b ms", "fwd TF", "bwd TF", "speed")
     print(f"{'dim':>4} {'length':>6} {'rows':<10} {'side':<13}" + "".join(f"{title:>9}" for title in titles))
     print("speed: over cuDNN's causal attention, forward + backward")
-    entries = []
+    entries: list[dict[str, Any]] = []
     for dim in map(int, options.head_dims.split(",")):
         for length in map(int, options.lengths.split(",")):
-            for plain in (True, False):
-                heads = max(options.group, width // dim)
+            for kind in options.rows.split(","):
+                heads, plain = max(options.group, width // dim), kind == "plain"
                 problem = tune.Problem(max(1, tokens // length), length, heads, heads // options.group, dim, plain)
                 if options.tune:
                     tuning.save(device, {tuning.name(problem.shape()): tune.tune(problem, interpret=options.interpret)})
                 figures = measure(problem, sides_of(problem, options.interpret), options.repeats)
                 print("\n".join(row(problem, figures)), flush=True)
-                entries.append(
-                    {
-                        "head_dim": dim,
-                        "length": length,
-                        "rows": problem.rows,
-                        "heads": heads,
-                        "kv_heads": problem.kv_heads,
-                        "documents": 1 if plain else tune.DOCUMENTS,
-                        **figures,
-                    }
-                )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps(
-            {
-                "what": "attention, bfloat16; TFLOP/s of what the mask lets through; medians",
-                "device": device,
-                "matmul_tflops": top,
-                "versions": {"python": platform.python_version(), "jax": jax.__version__},
-                "interpreted": options.interpret,
-                "entries": entries,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
-    print(f"written to {options.out}")
+                shape = {"head_dim": dim, "length": length, "rows": problem.rows, "heads": heads,
+                         "kv_heads": problem.kv_heads, "documents": 1 if plain else tune.DOCUMENTS}  # fmt: skip
+                entries.append({**shape, **figures})
+                table = {"matmul_tflops": top, "interpreted": options.interpret, "entries": entries}
+                write(options.out, WHAT, table, "jax", "jaxlib")
     return 0
 
 

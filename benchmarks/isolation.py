@@ -100,12 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.backends.split(","):
             key = f"{name}, head dim {dim}"
             try:
-                figures[key] = check(name, dim, options.length)
+                f = figures[key] = check(name, dim, options.length)
             except FieldError as error:
                 figures[key] = {"refused": str(error)}
                 print(f"{key:<28}refuses: {str(error)[:90]}")
                 continue
-            f = figures[key]
             print(f"{key:<28}{'LEAKS' if f['leaks'] else 'isolated'}; gradient {f['gradient_of_others']:g}, "
                   f"alone {f['alone_distance']:.4f}", flush=True)  # fmt: skip
     leaking = [key for key, value in figures.items() if value.get("leaks")]

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,11 +44,12 @@ from nanollama.training.state import init_state
 from nanollama.training.step import make_train_step, put_batch
 
 ROOT = Path(__file__).resolve().parent.parent
+Keep = Callable[[dict[str, Any]], None]  # writes the figures there are, in case this program is stopped
 
 WARM_UP, TIMED, GROUPS = 2, 4, 3  # steps that are not timed; steps timed together, and how often
 BATCHES = 2  # different ones, in turn
 ROOM = 0.92  # of the memory, for what the formula puts too low
-TINY = ModelConfig(256, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
+TINY = ModelConfig(256, 64, 128, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def config(case: Case, setting: Setting, *, packed: bool, dtype: Literal["float3
     )
 
 
-def measure(case: Case, setting: Setting, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
+def measure(case: Case, setting: Setting, dtype: Literal["float32", "bfloat16"], keep: Keep) -> dict[str, Any]:
     """Figures of one setting, plain and packed. Errors: XLA's, where memory does not do."""
     result: dict[str, Any] = {"rows": setting.rows, "remat": setting.remat}
     for name in ("plain", "packed"):
@@ -121,6 +122,7 @@ def measure(case: Case, setting: Setting, dtype: Literal["float32", "bfloat16"])
         }  # fmt: skip
         if name == "plain":
             result["memory"] = memory(run, compiled)
+        keep(result)
         del state, compiled, step, batches
     return result
 
@@ -157,7 +159,7 @@ def memory(run: Config, compiled: Any) -> dict[str, Any]:
     }
 
 
-def ours(case: Case, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
+def ours(case: Case, dtype: Literal["float32", "bfloat16"], keep: Keep) -> dict[str, Any]:
     """The first setting that fits. Errors: RuntimeError where none does."""
     room, skipped = here.device_memory(1), []
     for setting in case.settings:
@@ -167,7 +169,7 @@ def ours(case: Case, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
             skipped.append(f"{setting.rows} rows, remat {setting.remat}: {needed / GIB:.1f} GiB by formula")
             continue
         try:
-            return {**measure(case, setting, dtype), "skipped": skipped}
+            return {**measure(case, setting, dtype, keep), "skipped": skipped}
         except Exception as error:  # XlaRuntimeError is not public under one name in all versions
             if not here.out_of_memory(error):
                 raise
@@ -175,7 +177,7 @@ def ours(case: Case, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
     raise RuntimeError(f"nothing fits the memory of {jax.devices()[0].device_kind}: {'; '.join(skipped)}")
 
 
-def theirs(case: Case, python: Path, device: str, rows: int) -> dict[str, Any]:
+def theirs(case: Case, python: Path, device: str, rows: int, keep: Keep) -> dict[str, Any]:
     """The twin at `rows` rows (0: the case's first settings, whichever fits), plain and packed."""
     settings = [s for s in case.settings if not rows or s.rows == rows] or [Setting(rows)]
     result: dict[str, Any] = {"skipped": []}
@@ -201,6 +203,7 @@ def theirs(case: Case, python: Path, device: str, rows: int) -> dict[str, Any]:
                 "peak_gib": round(run["peak_memory_mib"] / 1024, 2), "rows": setting.rows, "remat": setting.remat,
                 "losses": [round(run["losses"][0], 4), round(run["losses"][-1], 4)], "versions": run["versions"],
             }  # fmt: skip
+            keep(result)
         if "plain" in result:
             return result
     raise RuntimeError(f"the twin did not run: {'; '.join(result['skipped'])}")
@@ -231,16 +234,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: results/train_gpu_CASE.json")
     options = parser.parse_args(arguments)
     case, name = cases()[options.case], options.case + ("_torch" if options.peer_python else "")
+    out = options.out or RESULTS / f"train_gpu_{name.replace('-', '_')}.json"
+    about = {"case": options.case, "parameters": count_parameters(case.model).total, "length": case.length}
+
+    def keep(figures: dict[str, Any]) -> None:
+        what = f"training steps on one device; {MFU_CONVENTION}"
+        write(out, what, {**about, **figures}, "jax", "flax", "optax", "numpy", "torch")
+
     if options.peer_python:
         jax.config.update("jax_platforms", "cpu")  # the card is the twin's
-        figures = theirs(case, options.peer_python, options.peer_device, options.rows)
+        figures = theirs(case, options.peer_python, options.peer_device, options.rows, keep)
     else:
         backend.start()
-        figures = ours(case, options.dtype)
+        figures = ours(case, options.dtype, keep)
     show(name, figures)
-    figures = {"case": options.case, "parameters": count_parameters(case.model).total, "length": case.length, **figures}
-    out = options.out or RESULTS / f"train_gpu_{name.replace('-', '_')}.json"
-    write(out, f"training steps on one device; {MFU_CONVENTION}", figures, "jax", "flax", "optax", "numpy", "torch")
+    keep(figures)
     return 0
 
 

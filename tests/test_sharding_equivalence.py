@@ -133,6 +133,28 @@ def test_state_is_born_sharded_with_the_same_bits_on_any_mesh():
     assert tree_hash(other) != tree_hash(state)
 
 
+def test_where_each_parameter_is_cut() -> None:
+    """Numbers are the same wherever they are, so the comparisons above do not see a parameter that is whole."""
+
+    def cuts(config: Config, mesh: MeshConfig) -> dict[str, str]:
+        params = abstract_state(config, make_optimizer(config), make_mesh(mesh)).params
+        return {jax.tree_util.keystr(at, simple=True, separator="/"): " ".join(axis or "-" for axis in x.sharding.spec)
+                for at, x in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+
+    assert cuts(EXPERTS, MeshConfig(1, fsdp=2, expert=2, tensor=2)) == {
+        "embedding": "tensor fsdp", "head": "fsdp tensor", "final_norm": "-",
+        **{f"layers/{name}": how for names, how in (
+            ("attention_norm mlp_norm", "- -"), ("query", "- fsdp tensor -"), ("key value", "- fsdp - -"),
+            ("output", "- tensor - fsdp"), ("router", "- fsdp -"), ("expert_gate expert_up", "- expert fsdp tensor"),
+            ("expert_down", "- expert tensor fsdp"), ("shared_gate shared_up", "- fsdp tensor"),
+            ("shared_down", "- tensor fsdp"),
+        ) for name in names.split()},
+    }  # fmt: skip
+    assert cuts(CONFIG, MeshConfig(1, tensor=2))["layers/key"] == "- - tensor -", "a KV head for each"
+    staged = cuts(CONFIG, MeshConfig(1, stage=2))
+    assert {how.split()[0] for name, how in staged.items() if "/" in name} == {"stage"}
+
+
 @pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
 def test_optimizer_state_lies_beside_its_parameters(config):
     mesh = make_mesh(MeshConfig(2, 2, 2))
