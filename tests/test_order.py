@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from tiny import QUICK, Training, random_batch, tiny_config
 
 from nanollama.ops import chunked_attention, mlp
@@ -23,6 +24,20 @@ def test_the_bits_are_those_of_the_array(dtype):
         assert got.dtype == x.dtype
         np.testing.assert_array_equal(got.view(jnp.uint16), x.view(jnp.uint16))
     assert jnp.isnan(jax.jit(after)(x, jnp.float32(jnp.nan))).all()
+
+
+def equations(platform: str, devices: int, other: jax.Array) -> int:
+    device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return len(jax.make_jaxpr(after)(jnp.ones((4, 2)), other).eqns)
+
+
+def test_only_programs_for_one_cpu_are_changed():
+    rows, scalar = jnp.ones((4, 2)), jnp.float32(1)
+    assert equations("cpu", 1, rows) and equations("cpu", 2, scalar)
+    assert not any(equations(platform, 1, rows) for platform in ("gpu", "cuda", "tpu"))
+    assert not equations("cpu", 2, rows)
 
 
 def attention_layers(q_BTHK: jax.Array) -> jax.Array:
