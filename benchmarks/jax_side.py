@@ -32,7 +32,7 @@ from nanollama.parallel import backend
 from nanollama.parallel.mesh import make_mesh
 from nanollama.training.optim import make_optimizer
 from nanollama.training.state import TrainState, state_shardings
-from nanollama.training.step import make_train_step, put_batch
+from nanollama.training.step import compile_step, make_train_step, put_batch
 
 
 def config_of(work: workload.Workload, compute: ComputeConfig) -> Config:
@@ -69,11 +69,15 @@ class Training:
         # copied, for the step donates its state and the CPU backend may lend numpy's own memory
         self.state = jax.jit(lambda tree: jax.tree.map(lambda x: x + 0, tree), out_shardings=shardings)(state)
         decoder = Decoder(config.model, config.compute)
+        self.program: Any = None  # compiled when the first batch is there
         self.step = make_train_step(config, decoder, optimizer, self.mesh, shardings)
 
     def train(self, arrays: dict[str, np.ndarray]) -> float:
         """One step; the loss that is minimised, once the new state is there."""
-        self.state, metrics = self.step(self.state, put_batch(arrays, self.config, self.mesh))
+        batch = put_batch(arrays, self.config, self.mesh)
+        if self.program is None:
+            self.program = compile_step(self.step, self.state, batch)
+        self.state, metrics = self.program(self.state, batch)
         jax.block_until_ready(self.state)
         return float(metrics["total"])
 

@@ -115,10 +115,10 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         metadata = {"config": as_dict(config), "tokenizer": tokenizer.sha256, "mixture": mixture.describe(),
                     "parent": parent}
 
-        if team.processes > 1:  # all compile before any runs: at a first collective gloo waits for the others 30 s only
+        if steps is same_mesh and start < config.steps:
             first = steps.put_batch(loader.batch(start).arrays, config, mesh)
-            train_step = train_step.lower(state, first).compile()
-            team.exchange("compiled")
+            train_step = same_mesh.compile_step(train_step, state, first)
+        team.exchange("compiled")  # all, before any runs: at a first collective gloo waits for others 30 s only
 
         # 3. The loop: dispatch a step, read the figures of the one before; save before evaluating.
         stack.enter_context(jax.transfer_guard("disallow"))

@@ -1,6 +1,7 @@
 """Start-up of the backend: what it refuses, what it sets, and that its canary catches a wrong sum."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -177,3 +178,16 @@ def test_huge_pages_start_the_program_anew_once():
         printed = child.stdout.read().split()
     if sys.platform == "linux":
         assert printed == ["glibc.malloc.hugetlb=1", str(child.pid), "['-c']"], "same process, same arguments"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_malloc_keeps_is_given_back() -> None:
+    program = (
+        "import numpy as np; from nanollama.parallel.backend import give_back_memory\n"
+        "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+        "arrays = [np.ones(2048) for _ in range(8000)]\n"  # 125 MiB, in pieces too small for mappings of their own
+        "kept = arrays[::500] + arrays[-1:]; del arrays; before = resident()\n"
+        "give_back_memory(); print(before - resident())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 60, done.stdout

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from nanollama.generation.sampling import Rows, sample
 from nanollama.models.decoder import Cache, Decoder, Params, head, init_cache, unstack
+from nanollama.ops.device import device
 from nanollama.parallel.mesh import constrain
 
 CHUNK = 32  # most tokens of one call of `decode`
@@ -139,14 +140,26 @@ def _write(
     program: Program, params: Params, hidden_BD: jax.Array, state: State, plan: Plan
 ) -> tuple[State, jax.Array, jax.Array]:
     """Choose the next token of each row; rows that were done before get NOTHING."""
-    logits_BV = jnp.dot(hidden_BD, head(params).astype(hidden_BD.dtype), preferred_element_type=jnp.float32)
-    logits_BV = logits_BV[:, : program.decoder.model.vocab_size]  # the rest pads the head
+    logits_BV = _logits(program, params, hidden_BD)[:, : program.decoder.model.vocab_size]  # the rest pads the head
     token_B, log_prob_B = sample(logits_BV, plan.rows, state.made, vocabulary=program.vocabulary)
     made = state.made + 1
     done_B = state.done_B | jnp.any(token_B[:, None] == plan.stop_S, axis=1) | (made >= plan.limit_B)
     shown_B = jnp.where(state.done_B, NOTHING, token_B)
     state = State(state.cache, token_B, state.position_B + 1, state.first_key_B, made, done_B)
     return state, shown_B, log_prob_B
+
+
+def _logits(program: Program, params: Params, hidden_BD: jax.Array) -> jax.Array:
+    """[B, V] float32.
+
+    A head that is the embedding is [V, D] in memory, and XLA:CPU writes all of it transposed to multiply two or more
+    rows by it: there the table comes first (8 rows by 16,384 x 512: 17 processor ms, 1.2 this way).
+    """
+    head_DV = head(params).astype(hidden_BD.dtype)
+    if program.decoder.model.tie_embeddings and device()[0] == "cpu":
+        hidden_DB = jax.lax.optimization_barrier(hidden_BD.T)  # else XLA turns the product around again
+        return jnp.dot(head_DV.T, hidden_DB, preferred_element_type=jnp.float32).T
+    return jnp.dot(hidden_BD, head_DV, preferred_element_type=jnp.float32)
 
 
 def _laid_out(cache: Cache) -> Cache:

@@ -65,7 +65,7 @@ def sample(
     """
     logits_BV = logits_BV.astype(jnp.float32)
     choice_BV = logits_BV[:, :vocabulary]
-    best_B = jnp.argmax(choice_BV, axis=-1).astype(jnp.int32)
+    best_B = _first_highest(choice_BV)
     tokens_B = jax.lax.cond(
         jnp.any(rows.temperature_B > 0),
         lambda: jnp.where(rows.temperature_B > 0, _draw(choice_BV, rows, index), best_B),
@@ -99,7 +99,13 @@ def _draw(logits_BV: jax.Array, rows: Rows, index: jax.Array) -> jax.Array:
     def noise(seed: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), index), logits_BV.shape[1:])
 
-    return jnp.argmax(kept_BV + jax.vmap(noise)(rows.seed_B), axis=-1).astype(jnp.int32)
+    return _first_highest(kept_BV + jax.vmap(noise)(rows.seed_B))
+
+
+def _first_highest(x_BV: jax.Array) -> jax.Array:
+    """argmax of rows without NaN, int32, as two plain reductions: XLA:CPU reduces pairs one by one, not in vectors."""
+    columns_BV = jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
+    return jnp.where(x_BV == x_BV.max(axis=-1, keepdims=True), columns_BV, x_BV.shape[1]).min(axis=-1)
 
 
 def _cut(logits_BV: jax.Array, keys_BV: jax.Array, weights_BV: jax.Array, limit_B: jax.Array) -> jax.Array:

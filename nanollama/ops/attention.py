@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from nanollama.data.strict import FieldError
 from nanollama.kernels import flash, tuning
 from nanollama.ops.chunked_attention import attend_chunked
+from nanollama.ops.device import device
 from nanollama.ops.masks import MaskSpec as MaskSpec
 from nanollama.ops.masks import slide as slide
 from nanollama.ops.vendor_attention import attend_cudnn, attend_splash, why_not_cudnn, why_not_splash
@@ -85,14 +86,6 @@ def resolve(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGJ: jax.Array, mask: MaskS
     return backend
 
 
-def device() -> tuple[str, str]:
-    """(cpu, gpu or tpu; the device's kind) that the program being traced is for: the mesh's, else the default."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        return _platform(abstract.platform), abstract.device_kind
-    return _platform(jax.default_backend()), jax.devices()[0].device_kind
-
-
 def choose(request: Request, where: str, kind: str) -> str:
     """What "auto" takes: on GPU the faster by the measured table (`kernels.tuning`), else by rule."""
     if where == "gpu":
@@ -151,10 +144,6 @@ def attend_reference(
     seen_BTS = (key_S >= mask.first_keys()[..., None]) & (key_S <= mask.query_keys()[..., None])
     probabilities = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores_BHTS, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bshj->bthj", probabilities, v_BSHJ).astype(q_BTHK.dtype)
-
-
-def _platform(name: str) -> str:
-    return "gpu" if name in ("gpu", "cuda", "rocm") else name
 
 
 BACKENDS: dict[str, Callable[[Request], jax.Array]] = {

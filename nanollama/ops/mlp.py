@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from nanollama.ops.order import after
+
 
 @jax.custom_vjp
 def swiglu(gate_NF: jax.Array, up_NF: jax.Array) -> jax.Array:
@@ -24,7 +26,8 @@ def _forward(gate_NF: jax.Array, up_NF: jax.Array) -> tuple[jax.Array, tuple[jax
 
 
 def _backward(kept: tuple[jax.Array, jax.Array], gradient_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    gate, up, gradient = (x.astype(jnp.float32) for x in (*kept, gradient_NF))
+    gate_NF = after(kept[0], gradient_NF)  # else its sigmoid and silu are kept from the forward pass
+    gate, up, gradient = (x.astype(jnp.float32) for x in (gate_NF, kept[1], gradient_NF))
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     gate_gradient = gradient * up * (sigmoid + silu * (1.0 - sigmoid))

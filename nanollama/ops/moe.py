@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import MoeConfig
-from nanollama.ops.attention import device
+from nanollama.ops.device import device
 from nanollama.ops.mlp import swiglu
 
 

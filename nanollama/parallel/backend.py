@@ -4,6 +4,7 @@ Owns everything that must happen before the first use of a JAX device. Knows not
 meshes: only jax, numpy and the standard library, so that a kernel can be measured where nothing else is.
 """
 
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -102,6 +103,16 @@ def use_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ.update(HUGE_PAGES)
         os.execv(sys.executable, sys.orig_argv)
+
+
+def give_back_memory() -> None:
+    """Return to the system what malloc keeps for later; does nothing where the C library is not glibc.
+
+    Compiling a step leaves 400 MiB of it (llama-23m: 1,054 MiB resident become 637), in pieces that the step's own
+    memory, asked for in one, never fits into.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def refuse_version(version: str) -> None:

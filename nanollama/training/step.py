@@ -24,8 +24,9 @@ from nanollama.models.lora import learned, with_dropout_seeds, with_learned
 from nanollama.objectives import next_token
 from nanollama.ops.losses import LossSums
 from nanollama.ops.moe import MoeSums, updated_bias
+from nanollama.ops.order import after
 from nanollama.ops.rounding import add_rounded, widened
-from nanollama.parallel import context
+from nanollama.parallel import backend, context
 from nanollama.parallel.mesh import BATCH_AXES, batch_sharding
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import TrainState
@@ -56,7 +57,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = with_dropout_seeds(batch, config.lora, config.seed, state.step)
         gradients, sums = gradient(state.params, batch)
-        return update(state, gradients, sums, optimizer, schedule, config.loss.bias_update_rate)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return update(state, gradients, sums, optimizer, schedule, config.loss.bias_update_rate)
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -65,6 +67,13 @@ def make_train_step(
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
+
+
+def compile_step(train_step: Any, state: TrainState, batch: Batch) -> Any:
+    """`make_train_step`'s step as a program for these shapes, before it runs: see `backend.give_back_memory`."""
+    program = train_step.lower(state, batch).compile()
+    backend.give_back_memory()
+    return program
 
 
 def put_batch(arrays: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> Batch:
@@ -183,7 +192,9 @@ def update(
     gradients = jax.tree.map(lambda g: g / sums.weight, gradient_sums)
     before = learned(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, widened(before))
-    params = with_learned(state.params, add_rounded(before, updates, state.step))
+    update_norm = optax.tree.norm(updates)
+    ready = jax.tree.map(lambda u: after(u, update_norm), updates)  # the norm reads parameters that this overwrites
+    params = with_learned(state.params, add_rounded(before, ready, state.step))
     metrics = {
         "loss": sums.nll / sums.weight,
         "z_loss": sums.z / sums.weight,
@@ -191,7 +202,7 @@ def update(
         "accuracy": sums.correct / sums.weight,
         "weight": sums.weight,
         "grad_norm": optax.tree.norm(gradients),
-        "update_norm": optax.tree.norm(updates),
+        "update_norm": update_norm,
         "learning_rate": schedule(state.step),
     }
     if sums.moe is not None:
