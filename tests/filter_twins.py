@@ -96,6 +96,18 @@ def _repeated(items):
     return len(again) / len(items), sum(map(len, again))
 
 
+def duplicate_characters(found, n):
+    seen, characters, at = set(), 0, 0
+    while at + n <= len(found):
+        gram = tuple(found[at:at + n])
+        if gram in seen:
+            characters, at = characters + len("".join(gram)), at + n
+        else:
+            seen.add(gram)
+            at += 1
+    return characters
+
+
 def gopher_repetition(text, words="whitespace"):
     if not text:
         return "gopher_repetition: empty"
@@ -117,15 +129,7 @@ def gopher_repetition(text, words="whitespace"):
             if len(" ".join(gram)) * times / len(text) > most:
                 return f"gopher_repetition: the top {n}-gram"
     for n, most in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):
-        seen, characters, at = set(), 0, 0
-        while at + n <= len(found):
-            gram = tuple(found[at:at + n])
-            if gram in seen:
-                characters, at = characters + len("".join(gram)), at + n
-            else:
-                seen.add(gram)
-                at += 1
-        if characters / len(text) > most:
+        if duplicate_characters(found, n) / len(text) > most:
             return f"gopher_repetition: duplicate {n}-grams"
     return None
 

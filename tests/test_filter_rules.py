@@ -9,10 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import filter_twins as twins
+import numpy as np
 import polars as pl
 import pytest
 
-from data_pipeline.filters import FILTERS, make_batch, make_filter
+from data_pipeline.filters import FILTERS, gopher_repetition, make_batch, make_filter
 from data_pipeline.filters.words import PATTERNS, word_table
 
 SHARED = [parent / "shared" / "data" / "pretrain" for parent in Path(__file__).resolve().parents]
@@ -177,6 +178,34 @@ def test_a_long_document_takes_time_in_proportion():
             judged(text, type=name)
             cost.append(time.process_time() - start)
         assert cost[1] < 30 * cost[0] + 0.2, (name, cost)
+
+
+@pytest.mark.parametrize("short, long", [(8, 1000), (0, 3), (1, 1000)])
+def test_repeated_pieces_are_counted_as_one_by_one(monkeypatch, short, long):
+    """Long copies, copies of copies and pieces whose first n-gram was jumped over; marked together or one by one."""
+    monkeypatch.setattr(gopher_repetition, "SHORT_RUN", short)
+    monkeypatch.setattr(gopher_repetition, "LONG_RUN", long)
+    dice = random.Random(short)
+    texts = []
+    for number in range(30):
+        words = [f"w{dice.randrange(3 + 40 * (number % 5))}" for _ in range(dice.randrange(200))]
+        for _ in range(number % 7):
+            start, place = dice.randrange(len(words) + 1), dice.randrange(len(words) + 1)
+            words[place:place] = words[start:start + dice.randrange(100)]
+        texts.append(" ".join(words) or "x")
+    measured = make_filter({"type": "gopher_repetition", "max_top_ngrams": [], "max_duplicate_ngrams": [1.0] * 9},
+                           "x").measures(make_batch(texts))
+    for n in range(2, 11):
+        expected = [twins.duplicate_characters(text.split(), n) / len(text) for text in texts]
+        assert measured[f"duplicate_{n}_grams"].to_list() == expected, n
+
+
+@pytest.mark.parametrize("base", [gopher_repetition.NGRAM_BASE, 1 << 58, 1 << 63, 0])
+def test_first_equal_when_hashes_clash(monkeypatch, base):
+    monkeypatch.setattr(gopher_repetition, "NGRAM_BASE", base)
+    keys = np.random.default_rng(0).integers(0, 300, 1000).astype(np.uint64)
+    for some in (keys, keys[:1], keys[:0], keys % 2, np.arange(50, dtype=np.uint64)):
+        assert gopher_repetition.first_equal(some).tolist() == [some.tolist().index(key) for key in some.tolist()]
 
 
 def test_every_filter_type_is_documented():

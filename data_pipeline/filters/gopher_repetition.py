@@ -1,7 +1,8 @@
 """`gopher_repetition`: how much of a text repeats itself (Rae et al. 2021, arXiv:2112.11446, Table A1).
 
 An n-gram can only be repeated in a document where both its (n-1)-grams are, so each length looks at what the length
-before has left: the work falls with n instead of growing with it.
+before has left: the work falls with n instead of growing with it. An n-gram is known by where it first stands; one
+that goes on like the first of its (n-1)-gram is the n-gram there, and only the others are sorted.
 """
 
 import dataclasses
@@ -14,9 +15,11 @@ import polars as pl
 from data_pipeline.filters.base import Batch
 from data_pipeline.filters.rules import Rule, RuleFilter, check_bounds, duplicates
 from data_pipeline.filters.words import Definition, WordTable, divided, offsets_of
+from data_pipeline.text.words import NGRAM_BASE
 from nanollama.data.strict import FieldError
 
 TOP = (0.20, 0.18, 0.16)  # n = 2, 3, 4
+SHORT_RUN, LONG_RUN = 8, 1000  # n-grams one after the other that are marked together; a look ahead costs no more
 DUPLICATE = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)  # n = 5 ... 10
 
 
@@ -69,11 +72,11 @@ class GopherRepetitionFilter(RuleFilter):
         table = batch.word_table(self.words)
         lengths = table.lengths[table.codes]
         ends = offsets_of(lengths)
-        for n, starts, grams in repeated_ngrams(table, max([1, *self._top, *self._duplicate])):
+        for n, starts, first in repeated_ngrams(table, max([1, *self._top, *self._duplicate])):
             if n in self._top:
-                measured[f"top_{n}_gram"] = divided(_top_characters(table, ends, n, starts, grams), size)
+                measured[f"top_{n}_gram"] = divided(_top_characters(table, ends, n, starts, first), size)
             if n in self._duplicate:
-                measured[f"duplicate_{n}_grams"] = divided(_duplicate_characters(table, ends, n, starts, grams), size)
+                measured[f"duplicate_{n}_grams"] = divided(_duplicate_characters(table, ends, n, starts, first), size)
         return pl.DataFrame(measured)
 
     def rules(self) -> list[Rule]:
@@ -89,69 +92,139 @@ class GopherRepetitionFilter(RuleFilter):
 
 
 def repeated_ngrams(table: WordTable, longest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(n, starts, grams) for n = 2 ... longest: where n-grams begin that their document has twice or more, in order,
-    and a number for each that is the same exactly when document and words are the same."""
-    starts = np.arange(len(table.codes))
-    grams, starts = _keep_repeated(table.documents, table.codes, starts)
+    """(n, starts, first) for n = 2 ... longest: where n-grams begin that their document has twice or more, in order,
+    and for each where the first begins that is the same; the first of all has its own place there."""
+    inside = np.ones(len(table.codes), bool)  # the next word is of the same document
+    inside[table.offsets[1:][table.counts > 0] - 1] = False
+    first_at = first_equal(_pairs(table.documents, table.codes))
+    starts = _keep_repeated(first_at, np.arange(len(first_at)), first_at)
     for n in range(2, longest + 1):
-        follows = np.flatnonzero((np.diff(starts) == 1) & np.equal(*_neighbours(table.documents[starts])))
-        grams, starts = _keep_repeated(grams[follows], grams[follows + 1], starts[follows])
-        yield n, starts, grams
+        repeated = first_at >= 0
+        starts = np.flatnonzero(repeated[:-1] & repeated[1:] & inside[:-1])
+        first, tail = first_at[starts], first_at[starts + 1]
+        others = np.flatnonzero(first_at[first + 1] != tail)
+        first[others] = starts[others][first_equal(_pairs(first[others], tail[others]))]
+        starts = _keep_repeated(first_at, starts, first)
+        yield n, starts, first_at[starts]
 
 
-def _neighbours(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return values[:-1], values[1:]
+def _keep_repeated(first_at: np.ndarray, starts: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Set `first_at` for the n-grams at `starts` that are not the only ones of their kind, and to -1 elsewhere; where
+    they start."""
+    again = np.flatnonzero(first != starts)
+    repeated = np.zeros(len(first_at), bool)
+    repeated[starts[again]] = True
+    repeated[first[again]] = True
+    first_at[starts] = first
+    first_at[~repeated] = -1
+    return np.flatnonzero(repeated)
 
 
-def _keep_repeated(first: np.ndarray, second: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each pair that occurs twice or more, and its start."""
-    pairs = first.astype(np.int64) << 32 | second
-    order = np.argsort(pairs)
-    new = np.ones(len(pairs), bool)
-    new[1:] = np.not_equal(*_neighbours(pairs[order]))
-    number = np.cumsum(new) - 1
-    several = np.bincount(number, minlength=1)[number] > 1
-    grams = np.full(len(pairs), -1, np.int32)
-    grams[order[several]] = number[several]
-    keep = grams >= 0
-    return grams[keep], starts[keep]
+def _pairs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Two numbers of 32 bits in one; in place, for clearing memory is most of the work on a long text."""
+    keys = one.astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= other.view(np.uint32)
+    return keys
 
 
-def _top_characters(table: WordTable, ends: np.ndarray, n: int, starts: np.ndarray, grams: np.ndarray) -> np.ndarray:
+def first_equal(keys: np.ndarray) -> np.ndarray:
+    """For each of the uint64 `keys` the place of the first that is equal to it.
+
+    Hash and place are sorted as one number, ten times as fast as places by their keys; where two keys have one hash,
+    these are sorted by key.
+    """
+    if not len(keys):
+        return np.zeros(0, np.int32)
+    bits = np.uint64((len(keys) - 1).bit_length())
+    places = (np.uint64(1) << bits) - np.uint64(1)
+    packed = keys * np.uint64(NGRAM_BASE)
+    packed &= ~places
+    packed |= np.arange(len(keys), dtype=np.uint64)
+    packed.sort()
+    place = (packed & places).astype(np.int32)
+    ordered = keys[place]
+    new = np.ones(len(keys), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    clashes = packed[1:][new[1:] & ((packed[1:] ^ packed[:-1]) <= places)] & ~places
+    if len(clashes):
+        bounds = zip(np.searchsorted(packed, clashes), np.searchsorted(packed, clashes | places, "right"), strict=True)
+        mixed = np.unique(np.concatenate([np.arange(low, high) for low, high in bounds]))
+        place[mixed] = place[mixed][np.lexsort((place[mixed], keys[place[mixed]]))]
+        ordered = keys[place]
+        np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    result = np.empty(len(keys), np.int32)
+    heads = np.flatnonzero(new)
+    result[place] = np.repeat(place[heads], np.diff(heads, append=len(keys)))
+    return result
+
+
+def _top_characters(table: WordTable, ends: np.ndarray, n: int, starts: np.ndarray, first: np.ndarray) -> np.ndarray:
     """Per document: characters of its most frequent n-gram (the first of several; words joined by one space), times
     its occurrences. Where no n-gram is repeated that is the first one, once."""
     offsets, counts = table.offsets, table.counts
     result = np.zeros(len(counts), np.int64)
     some = np.flatnonzero(counts >= n)
     result[some] = ends[offsets[some] + n] - ends[offsets[some]] + n - 1
-    _, first, times = np.unique(grams, return_index=True, return_counts=True)
-    begin = starts[first]
+    begin = starts[first == starts]
+    if not len(begin):
+        return result
+    times = np.bincount(first)[begin]
     document = table.documents[begin]
-    best = np.lexsort((begin, -times, document))
-    documents, at = np.unique(document[best], return_index=True)
-    chosen = best[at]
-    result[documents] = (ends[begin[chosen] + n] - ends[begin[chosen]] + n - 1) * times[chosen]
+    edges = np.flatnonzero(np.diff(document, prepend=-1))
+    most = np.maximum.reduceat(times, edges)
+    chosen = np.flatnonzero(times == np.repeat(most, np.diff(edges, append=len(begin))))
+    chosen = chosen[np.searchsorted(chosen, edges)]
+    result[document[edges]] = (ends[begin[chosen] + n] - ends[begin[chosen]] + n - 1) * most
     return result
 
 
 def _duplicate_characters(table: WordTable, ends: np.ndarray, n: int, starts: np.ndarray,
-                          grams: np.ndarray) -> np.ndarray:
-    """Per document: characters of the n-grams that came before, from left to right without overlap."""
+                          first: np.ndarray) -> np.ndarray:
+    """Per document: characters of the n-grams that came before, from left to right without overlap.
+
+    An n-gram came before unless it is the first of its kind, or the first one was jumped over and no other read since.
+    """
     result = np.zeros(len(table.counts), np.int64)
     if not len(starts):
         return result
-    # plain integers without a list of them all: a repetitive text of 100 MB has twenty million starts
-    gram, size = grams.data, np.ascontiguousarray(ends[starts + n] - ends[starts])
-    after = np.searchsorted(starts, starts + n).data  # the next start that overlaps none of this n-gram
+    begins = np.zeros(len(table.codes) + 1, bool)
+    begins[starts + 1] = True
+    after = np.cumsum(begins, dtype=np.int32)[starts + n].data  # the next start that overlaps none of this n-gram
+    is_first = first == starts
+    next_first, next_later = _next(is_first).data, _next(~is_first).data
+    run_ends = _next(is_first | (np.diff(starts, prepend=-1) != 1)).data  # until there all came before, side by side
+    gram = first.data  # plain integers without a list of them all
+    jumped = np.zeros(len(table.codes), bool)
     repeated = np.zeros(len(starts), bool)
-    seen: set[int] = set()  # a gram's number knows its document
-    at = 0
-    while at < len(gram):
-        if gram[at] in seen:
-            repeated[at] = True
-            at = after[at]
-        else:
-            seen.add(gram[at])
-            at += 1
-    return np.bincount(table.documents[starts[repeated]], size[repeated], minlength=len(result)).astype(
-        np.int64)
+    was_jumped, is_repeated, total = jumped.data, repeated.data, len(starts)
+    at = next_later[0]
+    while at < total:
+        if was_jumped[gram[at]]:
+            was_jumped[gram[at]] = False
+            at = next_later[at + 1]
+            continue
+        run = min((run_ends[at + 1] - at) // n, LONG_RUN)
+        if run > SHORT_RUN:  # n-gram after n-gram of a long piece that came before, up to one that was jumped over
+            known = jumped[first[at:at + run * n:n]]
+            run = int(known.argmax()) if known.any() else run
+            repeated[at:at + run * n:n] = True
+            at = next_later[at + run * n]
+            continue
+        is_repeated[at] = True
+        end = after[at]
+        skipped = next_first[at + 1]
+        while skipped < end:
+            was_jumped[gram[skipped]] = True
+            skipped = next_first[skipped + 1]
+        at = next_later[end]
+    size = ends[starts[repeated] + n] - ends[starts[repeated]]
+    return np.bincount(table.documents[starts[repeated]], size, minlength=len(result)).astype(np.int64)
+
+
+def _next(chosen: np.ndarray) -> np.ndarray:
+    """For each place, and the one behind the last, the next that is chosen (itself counts); their number if none is."""
+    places = np.full(len(chosen) + 1, len(chosen), np.int32)
+    at = np.flatnonzero(chosen)
+    places[at] = at
+    return np.minimum.accumulate(places[::-1])[::-1]
