@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -37,7 +38,7 @@ SMALL_BYTES = 50_000_000  # below, starting worker processes takes longer than t
 
 
 def build_corpus(config: str | os.PathLike[str],
-                 output: str | os.PathLike[str],
+                 output: str | os.PathLike[str] | None,
                  *,
                  step: str = "full",
                  analyze_only: bool = False,
@@ -47,8 +48,9 @@ def build_corpus(config: str | os.PathLike[str],
     """Make the corpus of the mixture file `config` in `output`; returns its manifest.
 
     `step` stops after that one (the manifest returned then has no shards, and none is written). `analyze_only` reads
-    and counts all, and writes nothing. `limit_mb` takes only the first megabytes of each dataset, for a quick look.
-    `workers` defaults to the processors, or to one for little text. Errors: MixtureError, DataError.
+    and counts all in a temporary folder, and leaves nothing: `output` may be None. `limit_mb` takes only the first
+    megabytes of each dataset, for a quick look. `workers` defaults to the processors, or to one for little text.
+    Errors: MixtureError, DataError.
     """
     if step not in STEPS:
         raise DataError(f"--step={step}: known are {', '.join(STEPS)}.")
@@ -61,8 +63,11 @@ def build_corpus(config: str | os.PathLike[str],
         mixture = _limited(mixture, limit_mb)
     plan = Plan.of(mixture, Path(config).name)
     if analyze_only:
-        with tempfile.TemporaryDirectory(prefix="nanollama-analyze-") as temporary:
+        with tempfile.TemporaryDirectory(prefix="nanollama-analyze-") as temporary, \
+                disk_full_explained(Path(temporary), "Set TMPDIR to a folder with more room, or give --limit-mb."):
             return _build(plan, Path(temporary), "sample", workers, engine)
+    if output is None:
+        raise DataError("--output is missing: give the corpus directory to make, or --analyze-only.")
     output = Path(output)
     with Lock(output), disk_full_explained(output):
         require_own(output, corpus_format.MANIFEST, "corpus", PLAN, MADE)
@@ -111,21 +116,23 @@ def _dataset_rows(plan: Plan, counts: list[Counts]) -> list[dict[str, Any]]:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.corpus",
-                                     description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.corpus", description="Make the corpus that a "
+                                     "mixture file describes. What is done is not done again.")
     parser.add_argument("--config", required=True, help="mixture file (YAML)")
-    parser.add_argument("--output", required=True, help="corpus directory to make")
+    parser.add_argument("--output", help="corpus directory to make; not needed with --analyze-only")
     parser.add_argument("--step", choices=STEPS, default="full",
                         help="go as far as this step: what is done already is not done again")
     parser.add_argument("--analyze-only",
                         action="store_true",
-                        help="read and count everything, write nothing")
+                        help="read and count everything in a temporary folder (TMPDIR), leave nothing")
     parser.add_argument("--limit-mb", type=float, help="only the first megabytes of each dataset")
     parser.add_argument("--workers", type=int, help="processes; default: the processors, one for little text")
     parser.add_argument("--engine", choices=ENGINES, default="local",
                         help="local processes, or the tasks of a Ray cluster (RAY_ADDRESS, or one started here)")
     arguments = parser.parse_args()
     start = time.monotonic()
+    if arguments.analyze_only:  # SIGTERM ends it as an error would: the temporary folder goes
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     manifest = build_corpus(arguments.config, arguments.output, step=arguments.step,
                             analyze_only=arguments.analyze_only, limit_mb=arguments.limit_mb,
                             workers=arguments.workers, engine=arguments.engine)

@@ -87,8 +87,9 @@ def require_space(directory: Path, needed: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def disk_full_explained(output: Path) -> Iterator[None]:
-    """Turns a full disk into a DataError that says what is safe and what to do."""
+def disk_full_explained(output: Path, mend: str = "Output finished earlier is untouched. Free some space and run the "
+                        "same command again: it goes on from the last finished part.") -> Iterator[None]:
+    """Turns a full disk into a DataError that says what is safe and what to do (`mend`)."""
     try:
         yield
     except DataError:
@@ -97,9 +98,7 @@ def disk_full_explained(output: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in _FULL
         if not full and not any(text in str(error) for text in _FULL_TEXTS):
             raise
-        raise DataError(
-            f"{output}: the disk is full ({error}). Output finished earlier is untouched. Free some space "
-            "and run the same command again: it goes on from the last finished part.") from error
+        raise DataError(f"{output}: the disk is full ({error}). {mend}") from error
 
 
 def command(main: Callable[[], Any]) -> None:
