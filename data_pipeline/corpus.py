@@ -139,6 +139,10 @@ def _main() -> None:
     print(cards.corpus_table(manifest))
     if any(row["dropped"] for row in manifest["datasets"]):
         print("\n" + cards.drops_table(manifest))
+    for row in manifest["datasets"]:
+        if not row["kept"]:
+            print(f"\nnote: nothing is left of {row['name']}, which has {row['mix_ratio']:.1%} of the weights",
+                  file=sys.stderr)
     seconds = time.monotonic() - start
     where = arguments.output if arguments.step == "full" else f"{arguments.output} up to {arguments.step}"
     where = "nothing written (--analyze-only)" if arguments.analyze_only else where

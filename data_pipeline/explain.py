@@ -244,7 +244,8 @@ def _facts(facts: dict[str, Any]) -> str:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.explain", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.explain",
+                                     description=__doc__.split("\n")[0].partition(": ")[2].capitalize())
     parser.add_argument("doc_id", nargs="?", help="DATASET/ID, as in the corpus; for a broken row DATASET/PLACE")
     parser.add_argument("--corpus", help="corpus directory, with DOC_ID")
     parser.add_argument("--packed", help="packed set, to tell where the document is in it")

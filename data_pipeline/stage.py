@@ -3,6 +3,7 @@
 Owns the answer to "is this output what these inputs give". Knows nothing of documents or tokens.
 """
 
+import argparse
 import contextlib
 import errno
 import os
@@ -99,6 +100,14 @@ def disk_full_explained(output: Path, mend: str = "Output finished earlier is un
         if not full and not any(text in str(error) for text in _FULL_TEXTS):
             raise
         raise DataError(f"{output}: the disk is full ({error}). {mend}") from error
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help texts with the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default is None or action.default in (False, [], "") or "default" in (action.help or "")
+        return action.help if plain else super()._get_help_string(action)
 
 
 def command(main: Callable[[], Any]) -> None:
