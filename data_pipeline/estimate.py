@@ -5,6 +5,7 @@ was measured is always better than this.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from nanollama.data.files import DataError
@@ -59,7 +60,7 @@ class Inputs:
         above = {"tokens": self.tokens, "parameters": self.parameters, "count": self.count, "mfu": self.mfu,
                  "pue": self.pue}
         for name, value in above.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise DataError(f"--{name}={value}: give a number above 0.")
         if self.mfu > 1:
             raise DataError(f"--mfu={self.mfu}: it is a share of the peak; give 0.4 for 40 %.")
@@ -67,7 +68,7 @@ class Inputs:
             raise DataError(f"--pue={self.pue}: a building cannot use less than its devices; give 1.0 or more.")
         for name in ("price", "watts", "carbon_intensity"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not 0 <= value < math.inf:
                 raise DataError(f"--{name.replace('_', '-')}={value}: give 0 or more.")
 
 

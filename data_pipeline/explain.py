@@ -211,8 +211,11 @@ def describe(told: dict[str, Any]) -> str:
     if told["meta"]:
         lines.append("  meta        " + _facts(told["meta"]))
     for stage in told["stages"]:
-        facts = f"  ({_facts(stage['facts'])})" if stage["facts"] else ""
+        hits = stage["facts"].get("hits") or []
+        known = {name: fact for name, fact in stage["facts"].items() if name != "hits"}
+        facts = f"  ({_facts(known)})" if known else ""
         lines.append(f"  {stage['section'][:15]:<15} {stage['stage']:<20} {stage['verdict']}{facts}")
+        lines += [f"  hit         {_hit(hit)}" for hit in hits]
     for copy in told["copies_dropped"][:COPIES_SHOWN]:
         rest = {key: value for key, value in copy.items() if key not in ("doc_id", "stage")}
         lines.append(f"  copy        {copy['doc_id']} was dropped by {copy['stage']}"
@@ -229,6 +232,15 @@ def describe(told: dict[str, Any]) -> str:
     elif "packed" in told:
         lines.append("  packed      not in the packed set")
     return "\n".join(lines)
+
+
+def _hit(hit: dict[str, Any]) -> str:
+    """What of an evaluation set was found, in one line."""
+    if hit["kind"] == "canary":
+        return f"canary: {hit['text']}"
+    items = ", ".join(hit["items"][:3]) + (" and others" if len(hit["items"]) > 3 else "")
+    return (f"{hit['kind']}: {items} ({hit['field']}), {hit['words']} words from word {hit['position']} on, "
+            f"likeness {hit['jaccard']:.2f}: {_facts({'text': hit['text']})}")
 
 
 def _verdict(reason: str | None) -> str:

@@ -6,6 +6,7 @@ what is measured of the result. How it is used is in `filters.ngram`.
 
 import argparse
 import itertools
+import math
 import os
 import random
 import shutil
@@ -42,7 +43,7 @@ def build(corpus: str | os.PathLike[str], output: str | os.PathLike[str], *, ord
     """
     if not 2 <= order <= 6:
         raise DataError(f"--order={order}: KenLM reads models of order 2 to 6.")
-    if limit_mb is not None and limit_mb <= 0:
+    if limit_mb is not None and not 0 < limit_mb < math.inf:
         raise DataError(f"--limit-mb={limit_mb}: give a number above 0.")
     lmplz = shutil.which("lmplz")
     if trainer == "lmplz" and lmplz is None:

@@ -172,6 +172,8 @@ def count_rows(mixture: MixtureConfig, *, most: int | None = None, tokenizer: To
 
     Whole-corpus steps are not done. Errors: DataError when a source cannot be read, or a dataset has no row left.
     """
+    if most is not None and most < 1:
+        raise DataError(f"--rows={most}: give 1 or more.")
     counts = {}
     for dataset in mixture.datasets:
         count = counts[dataset.name] = Count()

@@ -110,12 +110,19 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if plain else super()._get_help_string(action)
 
 
+def _plain(error: Exception) -> str:
+    """The message, of a system's error without its number: "PATH: Permission denied"."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename2 or error.filename}: {error.strerror}"
+    return str(error)
+
+
 def command(main: Callable[[], Any]) -> None:
     """Run a command line: an expected error is one message and exit code 1, an interrupt 130."""
     try:
         main()
     except (DataError, MixtureError, OSError) as error:  # anything else is a bug and keeps its trace
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_plain(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)

@@ -16,6 +16,7 @@ Why these settings (measured on the quickstart corpus, vocabulary 8,192):
 import argparse
 import dataclasses
 import io
+import math
 import os
 import re
 import shutil
@@ -70,7 +71,7 @@ class TokenizerConfig:
             raise DataError(
                 f"--vocab-size={self.vocab_size}: 260 pieces are bytes and special tokens alone; give 270 or "
                 "more.")
-        if self.sample_mb <= 0:
+        if not 0 < self.sample_mb < math.inf:
             raise DataError(f"--sample-mb={self.sample_mb}: give a number above 0.")
         if not 0 <= self.language_alpha <= 1:
             raise DataError(f"--language-alpha={self.language_alpha}: give 0 (all alike) to 1 (as they come).")

@@ -225,7 +225,8 @@ def test_peaks_agree_with_the_trainers() -> None:
 @pytest.mark.parametrize(("change", "words"), [
     ({"accelerator": "h10"}, "--accelerator=h10: Did you mean"), ({"mfu": 40.0}, "share of the peak"),
     ({"count": 0}, "--count=0"), ({"pue": 0.5}, "--pue=0.5"), ({"price": -1.0}, "--price=-1.0"),
-    ({"parameters": float("nan")}, "--parameters=nan")])
+    ({"parameters": float("nan")}, "--parameters=nan"), ({"price": float("nan")}, "--price=nan"),
+    ({"tokens": float("inf")}, "--tokens=inf")])
 def test_inputs_that_cannot_be_meant(change: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         estimate(Inputs(**{"tokens": 1e9, "parameters": 1e9, **change}))
