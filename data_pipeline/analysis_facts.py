@@ -137,10 +137,10 @@ def analyze(corpus: str | os.PathLike[str], packed: str | os.PathLike[str] | Non
     settings = {row["name"]: row for row in manifest["mixture"]["config"]["datasets"]}
     datasets = {}
     for row in manifest["datasets"]:
-        measured = row["name"] in tokens
+        measured = row["name"] in tokens or bool(sets and not row["kept"])  # of nothing there is no packed set
         datasets[row["name"]] = Dataset(
             row["name"], row["mix_ratio"], row["rows_in"], row["kept"], row["bytes"], row["characters"],
-            tokens[row["name"]] if measured else row["bytes"] / BYTES_PER_TOKEN, measured,
+            tokens.get(row["name"], 0) if measured else row["bytes"] / BYTES_PER_TOKEN, measured,
             None if total is None else total * row["mix_ratio"], settings[row["name"]].get("estimated_tokens"),
             _yields(row))
     for shard in manifest["shards"]:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 import nanollama
 from data_pipeline.analysis_facts import Analysis, Lengths
 from data_pipeline.cards import size
-from data_pipeline.estimate import ACCELERATORS
+from data_pipeline.estimate import ACCELERATORS, amount
 from nanollama.charts import NARROW, WIDE, Frame, Scale, number, ticks
 
 LISTED = 12  # languages, and reasons of a dataset, shown one by one
@@ -31,7 +31,8 @@ def render(facts: dict[str, Any], analysis: Analysis, formulas: Sequence[tuple[s
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(size=size, count=lambda value: "?" if value is None else f"{value:,.0f}",
                                tokens=_tokens, percent=_percent, breakable=_breakable, passes=_passes,
-                               length=lambda value: f"{value:,.0f}")
+                               length=lambda value: f"{value:,.0f}",
+                               amount=lambda value: "?" if value is None else amount(value))
     lengths = _all_lengths(analysis)
     return environment.from_string(page).render(
         facts=facts, rows=facts["datasets"], metadata=facts["metadata"], policy=POLICY, style=Markup(style),

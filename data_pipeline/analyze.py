@@ -18,7 +18,7 @@ from data_pipeline.analysis_facts import Analysis, analyze
 from data_pipeline.cards import size, table
 from data_pipeline.estimate import ACCELERATORS, WORLD_CARBON, Estimate, Inputs, estimate, formulas
 from data_pipeline.progress import Progress
-from data_pipeline.stage import command
+from data_pipeline.stage import Help, command
 from nanollama.data.files import DataError, write_atomic, write_json
 
 PAGE, FACTS = "analysis.html", "analysis.json"
@@ -95,15 +95,16 @@ def summary(facts: dict[str, Any]) -> str:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.analyze", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.analyze", formatter_class=Help,
+                                     description=__doc__.split("\n")[0].partition(": ")[2].capitalize())
     parser.add_argument("--corpus", required=True, help="directory made by data_pipeline.corpus")
     parser.add_argument("--packed", help="packed set of it, or the folder of its sets: counts the tokens")
     parser.add_argument("--output", required=True, help="directory for the page, CSV and JSON")
     parser.add_argument("--tokens", type=float, help="of training; default: the mixture's total_tokens, or those here")
     parser.add_argument("--parameters", type=float, default=1.1e9, help="of the model, without embeddings")
     parser.add_argument("--layers", type=int, default=0, help="with --width and --sequence-length: count attention too")
-    parser.add_argument("--width", type=int, default=0)
-    parser.add_argument("--sequence-length", type=int, default=0)
+    parser.add_argument("--width", type=int, default=0, help="of the model: the hidden size")
+    parser.add_argument("--sequence-length", type=int, default=0, help="tokens of a row in training")
     parser.add_argument("--accelerator", default="h100", help=f"one of {', '.join(ACCELERATORS)}")
     parser.add_argument("--count", type=int, default=8, help="devices")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")

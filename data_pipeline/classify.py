@@ -23,7 +23,7 @@ from data_pipeline.filters import classifier
 from data_pipeline.filters.classifier import DESCRIPTION, LABELS, WEIGHTS, Classifier, Features
 from data_pipeline.filters.resources import missing
 from data_pipeline.sources.streams import read_blocks, split_rows
-from data_pipeline.stage import code_version, command
+from data_pipeline.stage import Help, code_version, command
 from nanollama.data.files import DataError, Lock, sha256_file, sha256_json, write_json
 from nanollama.data.strict import nearest
 
@@ -209,14 +209,14 @@ def _print(measured: dict[str, Any], labels: Sequence[str]) -> None:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.classify",
-                                     description="Classifiers of quality, toxicity and domain.")
+                                     formatter_class=Help, description="Classifiers of quality, toxicity and domain.")
     parser.add_argument("action", choices=["train", "evaluate", "predict"])
     parser.add_argument("--kind", choices=list(LABELS), help="train: what the labels say")
     parser.add_argument("--input", action="append", required=True, help="JSONL file, .gz or .zst; may be given again")
     parser.add_argument("--output", help="train: directory of the model; predict: JSONL file")
     parser.add_argument("--model", help="evaluate, predict: directory of a model")
     parser.add_argument("--text-field", default="text", help="name, or path of names such as meta.text")
-    parser.add_argument("--label-field", default="label")
+    parser.add_argument("--label-field", default="label", help="name, or path of names")
     parser.add_argument("--skip-others", action="store_true", help="leave out rows with a label of another name")
     parser.add_argument("--name", action="append", default=[], metavar="OLD=NEW", help="rename a label of the file")
     parser.add_argument("--penalty", type=float, default=1e-5, help="train: of the squared weights")

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -40,7 +41,7 @@ SMALL_BYTES = 50_000_000  # below, starting worker processes takes longer than t
 
 
 def build_corpus(config: str | os.PathLike[str],
-                 output: str | os.PathLike[str],
+                 output: str | os.PathLike[str] | None,
                  *,
                  step: str = "full",
                  analyze_only: bool = False,
@@ -50,8 +51,9 @@ def build_corpus(config: str | os.PathLike[str],
     """Make the corpus of the mixture file `config` in `output`; returns its manifest.
 
     `step` stops after that one (the manifest returned then has no shards, and none is written). `analyze_only` reads
-    and counts all, and writes nothing. `limit_mb` takes only the first megabytes of each dataset, for a quick look.
-    `workers` defaults to the processors, or to one for little text. Errors: MixtureError, DataError.
+    and counts all in a temporary folder, and leaves nothing: `output` may be None. `limit_mb` takes only the first
+    megabytes of each dataset, for a quick look. `workers` defaults to the processors, or to one for little text.
+    Errors: MixtureError, DataError.
     """
     if step not in STEPS:
         raise DataError(f"--step={step}: known are {', '.join(STEPS)}.")
@@ -62,6 +64,8 @@ def build_corpus(config: str | os.PathLike[str],
     mixture = load_mixture(config)
     if limit_mb is not None:
         mixture = _limited(mixture, limit_mb)
+    if output is None and not analyze_only:
+        raise DataError("--output is missing: give the corpus directory to make, or --analyze-only.")
     with contextlib.ExitStack() as stack:
         if workers is None:
             plan = Plan.of(mixture, Path(config).name)
@@ -69,8 +73,10 @@ def build_corpus(config: str | os.PathLike[str],
         else:  # they start up while this process plans
             executor = stack.enter_context(open_executor(engine, workers, soon=len(mixture.datasets)))
             plan = Plan.of(mixture, Path(config).name)
-        if analyze_only:
+        if output is None or analyze_only:
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanollama-analyze-"))
+            more = "Set TMPDIR to a folder with more room, or give --limit-mb."
+            stack.enter_context(disk_full_explained(Path(temporary), more))
             return _build(plan, Path(temporary), "sample", executor)
         output = Path(output)
         stack.enter_context(Lock(output))
@@ -123,27 +129,33 @@ def _dataset_rows(plan: Plan, counts: list[Counts]) -> list[dict[str, Any]]:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.corpus",
-                                     description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.corpus", description="Make the corpus that a "
+                                     "mixture file describes. What is done is not done again.")
     parser.add_argument("--config", required=True, help="mixture file (YAML)")
-    parser.add_argument("--output", required=True, help="corpus directory to make")
+    parser.add_argument("--output", help="corpus directory to make; not needed with --analyze-only")
     parser.add_argument("--step", choices=STEPS, default="full",
                         help="go as far as this step: what is done already is not done again")
     parser.add_argument("--analyze-only",
                         action="store_true",
-                        help="read and count everything, write nothing")
+                        help="read and count everything in a temporary folder (TMPDIR), leave nothing")
     parser.add_argument("--limit-mb", type=float, help="only the first megabytes of each dataset")
     parser.add_argument("--workers", type=int, help="processes; default: the processors, one for little text")
     parser.add_argument("--engine", choices=ENGINES, default="local",
                         help="local processes, or the tasks of a Ray cluster (RAY_ADDRESS, or one started here)")
     arguments = parser.parse_args()
     start = time.monotonic()
+    if arguments.analyze_only:  # SIGTERM ends it as an error would: the temporary folder goes
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     manifest = build_corpus(arguments.config, arguments.output, step=arguments.step,
                             analyze_only=arguments.analyze_only, limit_mb=arguments.limit_mb,
                             workers=arguments.workers, engine=arguments.engine)
     print(cards.corpus_table(manifest))
     if any(row["dropped"] for row in manifest["datasets"]):
         print("\n" + cards.drops_table(manifest))
+    for row in manifest["datasets"]:
+        if not row["kept"]:
+            print(f"\nnote: nothing is left of {row['name']}, which has {row['mix_ratio']:.1%} of the weights",
+                  file=sys.stderr)
     seconds = time.monotonic() - start
     where = arguments.output if arguments.step == "full" else f"{arguments.output} up to {arguments.step}"
     where = "nothing written (--analyze-only)" if arguments.analyze_only else where

@@ -83,6 +83,7 @@ class Run:
         self.datasets = plan.mixture.datasets
         self.decisions, self.cache = output / DECISIONS, output / CACHE
         self._shown: dict[str, int] = {}
+        self._told: dict[str, str] = {}
         self._wanted = {dataset.name: (dataset.max_bytes or 0) + 1 for dataset in self.datasets if reads_head(dataset)}
         self._exhausted: dict[str, bool] = {}
         self._known: dict[str, account.Tally] = {}
@@ -139,8 +140,10 @@ class Run:
         if any(result.shown for result in results) and bad > SHOWN_DROPS:
             print(f"{dataset.name}: {bad:,} bad rows skipped in all, see {corpus_format.DROPPED}", file=sys.stderr)
         size = sum(marker["bytes"] for result in results for marker in result.markers)
-        self.progress.update(dataset.name, 1.0, f"{sum(shard.rows for shard in shards):,} rows, {cards.size(size)}",
-                             force=True)
+        note = f"{sum(shard.rows for shard in shards):,} rows, {cards.size(size)}"
+        if self._told.get(dataset.name) != note:  # of capped heads more may be read, of some of them
+            self.progress.update(dataset.name, 1.0, note, force=True)
+        self._told[dataset.name] = note
 
     def curate(self) -> list[Shard]:
         """Shards after filters, duplicates and decontamination."""

@@ -5,6 +5,7 @@ was measured is always better than this.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from nanollama.data.files import DataError
@@ -59,7 +60,7 @@ class Inputs:
         above = {"tokens": self.tokens, "parameters": self.parameters, "count": self.count, "mfu": self.mfu,
                  "pue": self.pue}
         for name, value in above.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise DataError(f"--{name}={value}: give a number above 0.")
         if self.mfu > 1:
             raise DataError(f"--mfu={self.mfu}: it is a share of the peak; give 0.4 for 40 %.")
@@ -67,7 +68,7 @@ class Inputs:
             raise DataError(f"--pue={self.pue}: a building cannot use less than its devices; give 1.0 or more.")
         for name in ("price", "watts", "carbon_intensity"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not 0 <= value < math.inf:
                 raise DataError(f"--{name.replace('_', '-')}={value}: give 0 or more.")
 
 
@@ -104,6 +105,11 @@ def estimate(inputs: Inputs) -> Estimate:
                     None if kwh is None else kwh * inputs.carbon_intensity)
 
 
+def amount(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def formulas(inputs: Inputs) -> list[tuple[str, str]]:
     """(quantity, how it is computed, with the numbers put in)."""
     device, result = ACCELERATORS[inputs.accelerator], estimate(inputs)
@@ -115,13 +121,13 @@ def formulas(inputs: Inputs) -> list[tuple[str, str]]:
         ("FLOPs", f"{result.flops_per_token:.4g} x {inputs.tokens:.4g} tokens = {result.flops:.4g}"),
         ("Seconds", f"{result.flops:.4g} / ({inputs.count} x {device.peak_flops:.4g} peak x {inputs.mfu:g} MFU) = "
          f"{result.seconds:.4g}"),
-        ("Device hours", f"{result.seconds:.4g} s / 3600 x {inputs.count} = {result.device_hours:,.1f}"),
+        ("Device hours", f"{result.seconds:.4g} s / 3600 x {inputs.count} = {amount(result.device_hours)}"),
     ]
-    if result.kwh is not None:
-        rows.append(("kWh", f"{result.device_hours:,.1f} h x {watts:g} W / 1000 x {inputs.pue:g} PUE = "
-                     f"{result.kwh:,.1f}"))
-        rows.append(("kg CO2", f"{result.kwh:,.1f} kWh x {inputs.carbon_intensity:g} kg/kWh = "
-                     f"{result.carbon_kg:,.1f}"))
+    if result.kwh is not None and result.carbon_kg is not None:
+        rows.append(("kWh", f"{amount(result.device_hours)} h x {watts:g} W / 1000 x {inputs.pue:g} PUE = "
+                     f"{amount(result.kwh)}"))
+        rows.append(("kg CO2", f"{amount(result.kwh)} kWh x {inputs.carbon_intensity:g} kg/kWh = "
+                     f"{amount(result.carbon_kg)}"))
     if result.money is not None:
-        rows.append(("Money", f"{result.device_hours:,.1f} h x {inputs.price:g} = {result.money:,.2f}"))
+        rows.append(("Money", f"{amount(result.device_hours)} h x {inputs.price:g} = {amount(result.money)}"))
     return rows

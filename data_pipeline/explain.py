@@ -211,8 +211,11 @@ def describe(told: dict[str, Any]) -> str:
     if told["meta"]:
         lines.append("  meta        " + _facts(told["meta"]))
     for stage in told["stages"]:
-        facts = f"  ({_facts(stage['facts'])})" if stage["facts"] else ""
+        hits = stage["facts"].get("hits") or []
+        known = {name: fact for name, fact in stage["facts"].items() if name != "hits"}
+        facts = f"  ({_facts(known)})" if known else ""
         lines.append(f"  {stage['section'][:15]:<15} {stage['stage']:<20} {stage['verdict']}{facts}")
+        lines += [f"  hit         {_hit(hit)}" for hit in hits]
     for copy in told["copies_dropped"][:COPIES_SHOWN]:
         rest = {key: value for key, value in copy.items() if key not in ("doc_id", "stage")}
         lines.append(f"  copy        {copy['doc_id']} was dropped by {copy['stage']}"
@@ -231,6 +234,15 @@ def describe(told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _hit(hit: dict[str, Any]) -> str:
+    """What of an evaluation set was found, in one line."""
+    if hit["kind"] == "canary":
+        return f"canary: {hit['text']}"
+    items = ", ".join(hit["items"][:3]) + (" and others" if len(hit["items"]) > 3 else "")
+    return (f"{hit['kind']}: {items} ({hit['field']}), {hit['words']} words from word {hit['position']} on, "
+            f"likeness {hit['jaccard']:.2f}: {_facts({'text': hit['text']})}")
+
+
 def _verdict(reason: str | None) -> str:
     return f"dropped: {reason}" if reason else "kept"
 
@@ -244,7 +256,8 @@ def _facts(facts: dict[str, Any]) -> str:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.explain", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.explain",
+                                     description=__doc__.split("\n")[0].partition(": ")[2].capitalize())
     parser.add_argument("doc_id", nargs="?", help="DATASET/ID, as in the corpus; for a broken row DATASET/PLACE")
     parser.add_argument("--corpus", help="corpus directory, with DOC_ID")
     parser.add_argument("--packed", help="packed set, to tell where the document is in it")

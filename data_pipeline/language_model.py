@@ -6,6 +6,7 @@ what is measured of the result. How it is used is in `filters.ngram`.
 
 import argparse
 import itertools
+import math
 import os
 import random
 import shutil
@@ -25,7 +26,7 @@ from data_pipeline.documents import hash_fraction, text_digest
 from data_pipeline.filters.ngram import ARPA, DESCRIPTION, NOISE_WORDS, load_arpa, noise_lines, spelled
 from data_pipeline.filters.words import word_table
 from data_pipeline.kneser_ney import BEGIN, END, SPECIAL, train, write_arpa
-from data_pipeline.stage import WORK, code_version, command, disk_full_explained, finished, work_directory
+from data_pipeline.stage import WORK, Help, code_version, command, disk_full_explained, finished, work_directory
 from nanollama.data.files import DataError, Lock, sha256_file, sha256_json, write_json
 
 STAGE_VERSION = 1  # raise it when the same inputs would give another model
@@ -42,7 +43,7 @@ def build(corpus: str | os.PathLike[str], output: str | os.PathLike[str], *, ord
     """
     if not 2 <= order <= 6:
         raise DataError(f"--order={order}: KenLM reads models of order 2 to 6.")
-    if limit_mb is not None and limit_mb <= 0:
+    if limit_mb is not None and not 0 < limit_mb < math.inf:
         raise DataError(f"--limit-mb={limit_mb}: give a number above 0.")
     lmplz = shutil.which("lmplz")
     if trainer == "lmplz" and lmplz is None:
@@ -170,7 +171,7 @@ def _measure(arpa: Path, held_out: list[str]) -> dict[str, Any]:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.language_model",
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.language_model", formatter_class=Help,
                                      description="Train the n-gram model of the filter `perplexity`.")
     parser.add_argument("action", choices=["train"])
     parser.add_argument("--corpus", required=True, help="directory made by data_pipeline.corpus: text to be like")

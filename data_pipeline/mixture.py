@@ -29,7 +29,7 @@ from data_pipeline.filters import make_batch
 from data_pipeline.mixture_schema import MixtureConfig, epochs_of
 from data_pipeline.progress import Progress
 from data_pipeline.sources import open_source, read_all
-from data_pipeline.stage import command
+from data_pipeline.stage import Help, command
 from data_pipeline.steps import SECTIONS
 from nanollama.data.files import DataError, sha256_json, write_json
 from nanollama.data.strict import to_mapping
@@ -171,6 +171,8 @@ def count_rows(mixture: MixtureConfig, *, most: int | None = None, tokenizer: To
 
     Whole-corpus steps are not done. Errors: DataError when a source cannot be read, or a dataset has no row left.
     """
+    if most is not None and most < 1:
+        raise DataError(f"--rows={most}: give 1 or more.")
     counts = {}
     for dataset in mixture.datasets:
         count = counts[dataset.name] = Count()
@@ -233,7 +235,8 @@ def counts_table(counts: dict[str, Count], measured: bool) -> str:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.mixture", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.mixture", formatter_class=Help,
+                                     description=__doc__.split("\n")[0].partition(": ")[2].capitalize())
     parser.add_argument("action", choices=["plan", "count"], help="plan: read nothing but the file; count: read rows")
     parser.add_argument("mixture", help="mixture file (YAML)")
     parser.add_argument("--output", help="file to write the plan, or the counts, to as JSON")

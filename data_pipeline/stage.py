@@ -3,6 +3,7 @@
 Owns the answer to "is this output what these inputs give". Knows nothing of documents or tokens.
 """
 
+import argparse
 import contextlib
 import errno
 import os
@@ -86,8 +87,9 @@ def require_space(directory: Path, needed: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def disk_full_explained(output: Path) -> Iterator[None]:
-    """Turns a full disk into a DataError that says what is safe and what to do."""
+def disk_full_explained(output: Path, mend: str = "Output finished earlier is untouched. Free some space and run the "
+                        "same command again: it goes on from the last finished part.") -> Iterator[None]:
+    """Turns a full disk into a DataError that says what is safe and what to do (`mend`)."""
     try:
         yield
     except DataError:
@@ -96,9 +98,22 @@ def disk_full_explained(output: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in _FULL
         if not full and not any(text in str(error) for text in _FULL_TEXTS):
             raise
-        raise DataError(
-            f"{output}: the disk is full ({error}). Output finished earlier is untouched. Free some space "
-            "and run the same command again: it goes on from the last finished part.") from error
+        raise DataError(f"{output}: the disk is full ({error}). {mend}") from error
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help texts with the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default is None or action.default in (False, [], "") or "default" in (action.help or "")
+        return action.help if plain else super()._get_help_string(action)
+
+
+def _plain(error: Exception) -> str:
+    """The message, of a system's error without its number: "PATH: Permission denied"."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename2 or error.filename}: {error.strerror}"
+    return str(error)
 
 
 def command(main: Callable[[], Any]) -> None:
@@ -106,7 +121,7 @@ def command(main: Callable[[], Any]) -> None:
     try:
         main()
     except (DataError, OSError) as error:  # anything else is a bug and keeps its trace
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_plain(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)

@@ -16,6 +16,7 @@ Why these settings (measured on the quickstart corpus, vocabulary 8,192):
 import argparse
 import dataclasses
 import io
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ import sentencepiece
 from data_pipeline import tokenizer_report
 from data_pipeline.corpus_format import read_manifest, read_shard
 from data_pipeline.progress import Progress
-from data_pipeline.stage import WORK, command, disk_full_explained, work_directory
+from data_pipeline.stage import WORK, Help, command, disk_full_explained, work_directory
 from data_pipeline.tokenizer_sample import CHUNK_BYTES, plan_sample
 from nanollama.data.files import DataError, Lock, read_json, sha256_json, write_atomic
 from nanollama.data.tokenizer import (
@@ -70,7 +71,7 @@ class TokenizerConfig:
             raise DataError(
                 f"--vocab-size={self.vocab_size}: 260 pieces are bytes and special tokens alone; give 270 or "
                 "more.")
-        if self.sample_mb <= 0:
+        if not 0 < self.sample_mb < math.inf:
             raise DataError(f"--sample-mb={self.sample_mb}: give a number above 0.")
         if not 0 <= self.language_alpha <= 1:
             raise DataError(f"--language-alpha={self.language_alpha}: give 0 (all alike) to 1 (as they come).")
@@ -215,10 +216,10 @@ def _explained(error: RuntimeError, config: TokenizerConfig, sample: dict[str, A
 
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.tokenizer",
-                                     description="Train and freeze a tokenizer.")
+                                     formatter_class=Help, description="Train and freeze a tokenizer.")
     parser.add_argument("--corpus", required=True, help="directory made by data_pipeline.corpus")
     parser.add_argument("--output", required=True, help="tokenizer directory to make")
-    parser.add_argument("--vocab-size", type=int, default=TokenizerConfig.vocab_size)
+    parser.add_argument("--vocab-size", type=int, default=TokenizerConfig.vocab_size, help="pieces")
     parser.add_argument("--algorithm",
                         default=TokenizerConfig.algorithm,
                         help="bpe or unigram (encodes four times faster)")

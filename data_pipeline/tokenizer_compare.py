@@ -19,7 +19,7 @@ from typing import Any
 from data_pipeline import cards, tokenizer_report
 from data_pipeline.corpus_format import read_manifest
 from data_pipeline.progress import Progress
-from data_pipeline.stage import command
+from data_pipeline.stage import Help, command
 from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer
 from data_pipeline.tokenizer_report import Measures, Report
 from nanollama.data.files import DataError, write_atomic, write_json
@@ -128,7 +128,8 @@ def write(compared: Sequence[Compared], output: str | os.PathLike[str], holdout:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.tokenizer_compare",
-                                     description=__doc__.split("\n")[0])
+                                     formatter_class=Help,
+                                     description=__doc__.split("\n")[0].partition(": ")[2].capitalize())
     parser.add_argument("--corpus", required=True, help="directory made by data_pipeline.corpus")
     parser.add_argument("--output", required=True, help="directory for the tokenizers and the comparison")
     parser.add_argument("--vocab-sizes", default="8192,16384,32000", help="separated by commas; empty: train none")
@@ -141,7 +142,7 @@ def _main() -> None:
     parser.add_argument("--character-coverage", type=float, default=TokenizerConfig.character_coverage,
                         help="share of the text's characters that get a piece; 0.9995 for many scripts")
     parser.add_argument("--holdout", type=float, default=HOLDOUT, help="share of the documents to measure on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     arguments = parser.parse_args()
     try:
         sizes = [int(size) for size in arguments.vocab_sizes.split(",") if size.strip()]

@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]  # options are attributes made at import
         jax.config.update("jax_platforms", "cpu")
     try:
+        for name in ("price", "carbon"):
+            value = getattr(options, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise FieldError(f"--{name}", f"{value:g}", "Give 0 or more.")
         config = configs.load(options.config, configs.overrides(rest))
         target = here.this_machine(config) if options.target == "cpu" else targets.parse(options.target)
         if options.shardings:
@@ -122,8 +126,10 @@ def _rows_refused(config: Config, sizes: dict[str, int]) -> ConfigError | None:
 def _compile(config: Config, target: Target, compile_it: str) -> tuple[aot.Compiled | None, str]:
     """The compiled figures, or why there are none."""
     why_not = "elastic mode has no single program" if config.determinism == "elastic" else aot.missing(target)
-    if compile_it == "no" or (compile_it == "auto" and target.device.platform == "cpu"):
-        return None, why_not or "not asked for"
+    if compile_it == "no":
+        return None, "--compile=no"
+    if compile_it == "auto" and target.device.platform == "cpu":
+        return None, why_not or "for this machine only with --compile=yes"
     if why_not:
         if compile_it == "yes":
             raise ConfigError("--compile", why_not, "Or leave --compile=yes out: the formula needs no compiler.")
@@ -181,13 +187,13 @@ def _heading(v: Verdict) -> list[str]:
     config, target, sizes = v.option.config, v.target, v.option.sizes
     count, rows, length = count_parameters(config.model), config.batch.global_rows, config.data.sequence_length
     flops, micro = flops_per_token(config.model, length).train, config.batch.micro_batches
-    fitted = ", as few as fit" if v.fitted else ""
+    on_device, fitted = memory.rows_on_device(config, sizes), ", as few as fit" if v.fitted else ""
     lines = [
         f"{config.name} on {target.count} x {target.device.kind}",
         f"model      {count.total:,} parameters ({count.non_embedding:,} without the embedding), {flops / 1e9:.4g} "
         "GFLOP per token",
         f"batch      {rows} rows x {length:,} = {rows * length:,} tokens a step; {micro} micro-batch"
-        f"{'es' if micro > 1 else ''} of {memory.rows_on_device(config, sizes)} rows on a device{fitted}",
+        f"{'es' if micro > 1 else ''} of {on_device} row{'s' if on_device > 1 else ''} on a device{fitted}",
         f"mesh       {' x '.join(f'{axis} {size}' for axis, size in sizes.items())}; remat {config.compute.remat}, "
         f"{config.compute.dtype}",
     ]
@@ -239,11 +245,24 @@ def _time_lines(v: Verdict) -> list[str]:
     return [
         f"step       {time.total:.3g} s at best, limited by {time.limit} ({shown})",
         f"run        {v.config.steps:,} steps: {cost.tokens_per_second:,.0f} tokens/s, "
-        f"{cost.tokens_per_second * 86400 / 1e9:,.4g} billion a day, MFU {cost.mfu:.0%}, {cost.days:.3g} days",
-        f"cost       ${cost.dollars:,.2f}, {cost.kilowatt_hours:,.3g} kWh, {cost.carbon:,.3g} kg CO2 "
+        f"{cost.tokens_per_second * 86400 / 1e9:,.4g} billion a day, MFU {cost.mfu:.0%}, {_duration(cost.days)}",
+        f"cost       ${cost.dollars:,.2f}, {_rounded(cost.kilowatt_hours)} kWh, {_rounded(cost.carbon)} kg CO2 "
         f"({device.watts:g} W a device x {targets.OVERHEAD} for hosts and cooling)",
         f"           {MFU_CONVENTION}",
     ]
+
+
+def _duration(days: float) -> str:
+    """In the unit that suits it."""
+    for unit, length in (("days", 1), ("hours", 24), ("minutes", 24 * 60)):
+        if days * length >= 1:
+            return f"{_rounded(days * length)} {unit}"
+    return f"{_rounded(days * 86400)} seconds"
+
+
+def _rounded(value: float) -> str:
+    """Three digits or more, and no exponents from a hundredth on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -75,6 +75,22 @@ def test_tokens_are_counted_where_the_corpus_is_packed(room: Path) -> None:
         assert np.array_equal(one.token_lengths.counts, other.token_lengths.counts)
 
 
+def test_a_dataset_of_which_nothing_is_left_makes_no_estimate_of_the_rest(room: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps({"text": f"the fox {n}"}) + "\n" for n in range(50)))
+    (tmp_path / "gone.jsonl").write_text(json.dumps({"text": "the lazy dog"}) + "\n")
+    config = mixture(tmp_path / "mix.yaml", {"name": "kept", "source": str(tmp_path / "kept.jsonl")},
+                     {"name": "gone", "source": str(tmp_path / "gone.jsonl"), "max_bytes": 5, "cap_order": "head"})
+    done = subprocess.run([sys.executable, "-m", "data_pipeline.corpus", f"--config={config}",
+                           f"--output={tmp_path / 'corpus'}"], capture_output=True, text=True, check=True)
+    assert "note: nothing is left of gone, which has 50.0% of the weights" in done.stderr
+    pack_datasets(tmp_path / "corpus", room / "tokenizer", tmp_path / "sets", record_length=64)
+    found = analyze(tmp_path / "corpus", tmp_path / "sets")
+    kept, gone = found.datasets
+    assert kept.measured and gone.measured and not gone.tokens
+    write_analysis(found, Inputs(tokens=1e8, parameters=1e9), tmp_path / "out")
+    assert "counted in the packed set" in (tmp_path / "out" / "analysis.html").read_text()
+
+
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
 def test_percentiles_are_within_a_bin_of_numpys(spread: float) -> None:
     lengths = np.maximum(1, np.random.default_rng(1).lognormal(6, spread, 20_000).astype(np.int64))
@@ -189,6 +205,8 @@ def test_an_estimate_by_hand() -> None:
     assert with_attention.flops == 6e9 + 6e6
     text = dict(formulas(inputs))
     assert text["FLOPs a token"] == "6 x 6.74e+09 parameters = 4.044e+10" and "x 0.4 MFU" in text["Seconds"]
+    small = dict(formulas(Inputs(tokens=8e7, parameters=1.1e9, accelerator="h100", count=8, mfu=0.4, price=2.5)))
+    assert small["Device hours"].endswith("x 8 = 0.371") and small["Money"] == "0.371 h x 2.5 = 0.927"
     assert estimate(Inputs(tokens=1, parameters=1, accelerator="tpu-v5p")).carbon_kg is None
     assert estimate(Inputs(tokens=1, parameters=1, accelerator="tpu-v5p", watts=300)).carbon_kg is not None
 
@@ -207,7 +225,8 @@ def test_peaks_agree_with_the_trainers() -> None:
 @pytest.mark.parametrize(("change", "words"), [
     ({"accelerator": "h10"}, "--accelerator=h10: Did you mean"), ({"mfu": 40.0}, "share of the peak"),
     ({"count": 0}, "--count=0"), ({"pue": 0.5}, "--pue=0.5"), ({"price": -1.0}, "--price=-1.0"),
-    ({"parameters": float("nan")}, "--parameters=nan")])
+    ({"parameters": float("nan")}, "--parameters=nan"), ({"price": float("nan")}, "--price=nan"),
+    ({"tokens": float("inf")}, "--tokens=inf")])
 def test_inputs_that_cannot_be_meant(change: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         estimate(Inputs(**{"tokens": 1e9, "parameters": 1e9, **change}))

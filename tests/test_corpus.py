@@ -224,9 +224,10 @@ def test_kill_9_and_a_second_run_at_the_same_time(tmp_path: Path) -> None:
 
 def test_analyze_only_writes_nothing_and_limit_reads_little(tmp_path: Path) -> None:
     config = small_mixture(tmp_path)
-    manifest = build_corpus(config, tmp_path / "out", analyze_only=True)
+    manifest = build_corpus(config, None, analyze_only=True)
     assert [row["kept"] for row in manifest["datasets"]] == [400, 400, 400]
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="--output is missing"):
+        build_corpus(config, None)
     limited = build_corpus(config, tmp_path / "out", limit_mb=0.01)
     assert [row["bytes"]
             for row in limited["datasets"]] <= [10_000] * 3 and limited["datasets"][0]["kept"] == 32
@@ -258,6 +259,22 @@ def test_an_output_that_is_no_directory(tmp_path: Path) -> None:
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(DataError, match=f"{output}: is no directory that can be written"):
             build_corpus(small_mixture(tmp_path), output)
+
+
+def test_analyze_only_leaves_nothing_when_it_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    slow = ("import sys, time, data_pipeline.corpus as c\n"
+            "c.Run.steps = lambda *_: print('curated', flush=True) or time.sleep(60)\n"
+            f"sys.argv = ['corpus', '--config={small_mixture(tmp_path)}', '--analyze-only']\n"
+            "c.command(c._main)\n")
+    run = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                           env={**os.environ, "TMPDIR": str(tmp_path / "temporary")})
+    assert run.stdout is not None and run.stdout.readline() == b"curated\n"
+    assert list((tmp_path / "temporary").iterdir())
+    run.terminate()
+    assert run.wait(30) == 128 + signal.SIGTERM
+    run.stdout.close()
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_the_account_catches_a_lost_row(tmp_path: Path, monkeypatch: Any) -> None:

@@ -46,7 +46,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_tokenizer(room / "corpus", room / "tokenizer", TokenizerConfig(vocab_size=330))
     build_packed(room / "corpus", room / "tokenizer", room / "packed", record_length=64)
     write_json(room / "run" / "config.json", {
-        "seed": 5, "batch": {"global_rows": ROWS}, "data": dataclasses.asdict(data_of(room))})
+        "seed": 5, "steps": 20, "batch": {"global_rows": ROWS}, "data": dataclasses.asdict(data_of(room))})
     write_json(room / "run" / "lineage.json", {
         "sets": [{"manifest_sha256": sha256_file(room / "packed" / "manifest.json")}]})
     shutil.rmtree(room / "corpus" / ".cache")  # may be deleted: the decisions stay
@@ -110,8 +110,20 @@ def test_a_training_row_leads_to_the_texts_that_are_in_it(room: Path) -> None:
             part = data.tokenizer.decode(tokens[at["first_token"]:at["first_token"] + at["tokens_here"]].tolist())
             assert part and part in texts[one["doc_id"]] and part in seen
             assert one["packed"]["split"] == "train"
-    with pytest.raises(DataError, match="rows from 0 to 3"):
-        explain.explain_row(room / "run", 0, 4)
+    for step, row in [(0, 4), (0, -1), (20, 0), (-1, 0)]:
+        with pytest.raises(DataError, match="steps count from 0 to 19, rows from 0 to 3"):
+            explain.explain_row(room / "run", step, row)
+
+
+def test_what_was_found_of_an_evaluation_set_is_told_in_words() -> None:
+    hit = {"kind": "exact", "set": "boolq", "items": ["boolq/7"], "field": "question", "position": 833, "words": 13,
+           "jaccard": 0.5556, "text": "taken and brought it me"}
+    assert explain._hit(hit) == ("exact: boolq/7 (question), 13 words from word 833 on, likeness 0.56: text taken and "
+                                 "brought it me")
+    assert explain._hit({**hit, "kind": "canary", "text": "canary GUID 1"}) == "canary: canary GUID 1"
+
+
+def test_a_folder_that_is_no_run(room: Path) -> None:
     with pytest.raises(DataError, match="no training run's folder"):
         explain.explain_row(room / "corpus", 0, 0)
 

@@ -57,7 +57,7 @@ def test_hub_datasets_are_named_in_full(path: Path) -> None:
         assert format_of(dataset) == "huggingface" and dataset.estimated_tokens
         assert all(re.fullmatch(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", source) for source in paths_of(dataset))
         assert wanted is None or dataset.rows == wanted
-        assert dataset.revision is None or re.fullmatch(r"[0-9a-f]{40}", dataset.revision)
+        assert dataset.revision is None or re.fullmatch(r"[0-9a-f]{40}|refs/pr/\d+", dataset.revision)
 
 
 def test_the_same_dataset_has_the_same_facts_everywhere() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,8 @@ def test_command_line(capsys, tmp_path):
     figures = json.loads(last)
     assert not figures["fits"] and figures["parameters"] == 1_100_048_384
     assert any(line.startswith("fits       NO") for line in text)
+    assert any(line.endswith("not compiled: --compile=no") for line in text)
+    assert any(re.search(r"MFU \d+%, \d\.\d+ days$", line) for line in text)
     best = figures["options"][0]
     assert best["total"] <= figures["target"]["memory"] and best["overrides"]
     assert plan.main([*command, *best["overrides"], f"--json={tmp_path / 'plan.json'}"]) == 0, "its own advice fits"
@@ -155,6 +158,8 @@ def test_rows_that_do_not_divide_are_planned_with_settings_that_do(capsys):
     figures = json.loads(last)
     assert text[0].startswith("refused    config.batch.global_rows: 128 is not divisible") and not figures["fits"]
     best = figures["options"][0]["overrides"]
+    assert any(line.endswith("micro-batch of 1 row on a device") for line in text)
+    assert any(re.search(r"%, \d+\.?\d* minutes$", line) for line in text)
     assert text[1].endswith(" ".join(best)) and figures["mesh"]["tensor"] == 2 and figures["rows_per_device"] == 1
     assert plan.main([*command, *best]) == 0, "its own advice runs"
     assert plan.main([*command, "--config.batch.global_rows=3"]) == 2
@@ -182,6 +187,8 @@ def test_the_command_takes_no_accelerator(tmp_path):
     ("--config.mesh.tensor=3", "config.mesh"),
     ("--config.batch.micro_batches=3", "config.batch.micro_batches"),
     ("--compile=yes", "nanollama[cuda-plan]"),
+    ("--price=nan", "--price: nan. Give 0 or more."),
+    ("--carbon=-1", "--carbon: -1. Give 0 or more."),
 ])  # fmt: skip
 def test_bad_input_is_refused(capsys, monkeypatch, argument, message):
     monkeypatch.setattr(aot, "missing", lambda target: 'pip install "nanollama[cuda-plan]"')

@@ -146,6 +146,34 @@ def test_a_process_that_never_comes_is_named() -> None:
         Connected(1, 2, f"127.0.0.1:{free_port()}", {}, 1)
 
 
+def test_a_process_that_comes_twice_or_counts_otherwise_is_refused() -> None:
+    port, results = free_port(), {}
+    address = f"127.0.0.1:{port}"
+
+    def start(name: str, process: int, processes: int) -> None:
+        try:
+            results[name] = Connected(process, processes, address, {}, 20)
+        except TeamError as error:
+            results[name] = str(error)
+
+    def begin(name: str, process: int, processes: int = 3) -> threading.Thread:
+        thread = threading.Thread(target=start, args=(name, process, processes))
+        thread.start()
+        return thread
+
+    began = [begin("first", 0), begin("second", 1), begin("again", 1)]
+    while not results:  # of the two, whoever comes later
+        time.sleep(0.01)
+    assert "is already. Give every process its own --process." in next(iter(results.values()))
+    began.append(begin("other", 2, processes=4))
+    for thread in began:
+        thread.join()
+    for name in ("first", "other"):
+        assert "--processes: 3 on process 0" in results[name] and "4 on process 2" in results[name]
+    with socket.create_server(("", port)), pytest.raises(TeamError, match=f"port {port} cannot be opened .*in use"):
+        Connected(0, 2, address, {}, 1)
+
+
 MEMBER = """
 import sys, time
 from nanollama.parallel.team import Connected

@@ -183,6 +183,8 @@ def test_hub_datasets_through_the_datasets_library(tmp_path: Path, monkeypatch: 
         yield from ({"content": text, "url": "u"} for text in ["first", "", "third"])
         if keywords["split"] == "broken":
             raise ConnectionError("no route to host")
+        if keywords["split"] == "script":
+            raise RuntimeError("Dataset scripts are no longer supported, but found set.py")
 
     fake.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", fake)
@@ -197,6 +199,8 @@ def test_hub_datasets_through_the_datasets_library(tmp_path: Path, monkeypatch: 
             for row in documents(tmp_path / "out")] == ["hub/owner/set/train:1", "hub/owner/set/train:3"]
     with pytest.raises(DataError, match=r"(?s)no route to host.*hf download owner/set.*parquet"):
         build_corpus(mixture(tmp_path / "mix.yaml", {**dataset, "splits": ["broken"]}), tmp_path / "out")
+    with pytest.raises(DataError, match=r"does not run any more .*set\.py.*Set in the mixture a revision that holds"):
+        build_corpus(mixture(tmp_path / "mix.yaml", {**dataset, "splits": ["script"]}), tmp_path / "out")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'nanollama\[data\]'"):
         build_corpus(mixture(tmp_path / "mix.yaml", dataset), tmp_path / "out")

@@ -110,6 +110,11 @@ class HubReader:
         except DataError:
             raise
         except Exception as error:  # the library raises its own, requests', httpx' and fsspec's errors
+            if "scripts are no longer supported" in str(error):
+                raise DataError(f"dataset {self.dataset.name}: {part.path} is a program that makes the set, which the "
+                                f"`datasets` library does not run any more ({error}). Set in the mixture a revision "
+                                "that holds files, often refs/convert/parquet (look at the hub whether it is whole), "
+                                "or another set.") from error
             raise DataError(
                 f"dataset {self.dataset.name}: cannot stream {part.path} (split {part.split}): "
                 f"{type(error).__name__}: {str(error)[:300]}\n"

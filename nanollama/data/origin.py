@@ -39,8 +39,9 @@ def row_origin(run: str | os.PathLike[str], step: int, row: int) -> list[dict[st
                             f"run's lineage says {str(known['manifest_sha256'])[:16]}). Put that one back.")
     mixture = open_mixture(from_mapping(DataConfig, data, "config.data"))
     rows = config["batch"]["global_rows"]
-    if not 0 <= row < rows or step < 0:
-        raise DataError(f"--step={step} --row={row}: steps count from 0, rows from 0 to {rows - 1}.")
+    if not 0 <= row < rows or not 0 <= step < config["steps"]:
+        raise DataError(f"--step={step} --row={row}: of this run steps count from 0 to {config['steps'] - 1}, rows "
+                        f"from 0 to {rows - 1}.")
     where = Loader(mixture, seed=config["seed"], global_batch=rows).where(step, row)
     found = []
     for record in where["records"]:

@@ -52,7 +52,8 @@ class Connected(Team):
     def __init__(self, process: int, processes: int, address: str, facts: Mapping[str, str], timeout: float):
         """Come together at `address` (host:port of process 0). `facts` must be equal everywhere.
 
-        Errors: TeamError names the processes that did not come in `timeout` seconds, or the facts that differ.
+        Errors: TeamError names the processes that did not come in `timeout` seconds or came twice, the facts that
+        differ, or the port that is taken.
         """
         self.process, self.processes = process, processes
         self._changed = threading.Condition()
@@ -61,7 +62,8 @@ class Connected(Team):
         self._results: dict[int, list[Any]] = {}
         self._round = 0
         host, _, port = address.rpartition(":")
-        hello = {"process": process, "processes": processes, "name": f"process {process}", "facts": dict(facts),
+        facts = {"--processes": str(processes), **facts}
+        hello = {"process": process, "name": f"process {process}", "facts": facts,
                  "where": f"{socket.gethostname()}, pid {os.getpid()}"}  # fmt: skip
         if process == 0:
             self._peers, self._names = _gather(int(port), processes, hello, timeout)
@@ -185,35 +187,49 @@ def _gather(port: int, processes: int, hello: dict[str, Any], timeout: float) ->
     """Process 0: wait for all others, compare, and tell each that it may start, or why not."""
     hellos, peers = {0: hello}, {}
     deadline = time.monotonic() + timeout
-    with socket.create_server(("", port), backlog=processes) as server:
+    try:
+        server = socket.create_server(("", port), backlog=processes)
+    except OSError as error:
+        raise TeamError(f"port {port} cannot be opened on this host ({os.strerror(error.errno or 0)}). Was process 0 "
+                        "started twice, or does another run use the port?") from error
+    with server:
         while len(hellos) < processes and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             with contextlib.suppress(TimeoutError):
                 connection, _ = server.accept()
                 other = _read_line(connection, left)
-                hellos[other["process"]], peers[other["process"]] = other, connection
+                if (there := hellos.get(other["process"])) is not None:
+                    _answer(connection, f"{_name(other)} came where {_name(there)} is already. Give every process its "
+                            "own --process.", _name(hello))
+                else:
+                    hellos[other["process"]], peers[other["process"]] = other, connection
     missing = [index for index in range(processes) if index not in hellos]
     known = [hellos[index] for index in sorted(hellos)]
     problem = ""
-    if missing:
+    if found := differences([one["facts"] for one in known], [_name(one) for one in known]):
+        more = f"\n  and {len(found) - 12} more" if len(found) > 12 else ""
+        problem = ("the processes are not alike, and would compute different things:\n  " + "\n  ".join(found[:12])
+                   + more + "\nGive all of them the same config, flags and packages.")  # fmt: skip
+    elif missing:
         came = ", ".join(_name(one) for one in known)
         problem = (f"process {', '.join(map(str, missing))} of {processes} did not come to port {port} within "
                    f"{timeout:.0f} s; there are {came}. Look at its log, its host and the firewall, or give "
                    "--join-timeout.")  # fmt: skip
-    elif found := differences([one["facts"] for one in known], [_name(one) for one in known]):
-        more = f"\n  and {len(found) - 12} more" if len(found) > 12 else ""
-        problem = ("the processes are not alike, and would compute different things:\n  " + "\n  ".join(found[:12])
-                   + more + "\nGive all of them the same config and the same packages.")  # fmt: skip
     names = {index: _name(one) for index, one in hellos.items()}
     for connection in peers.values():
-        with contextlib.suppress(OSError):
-            connection.sendall(json.dumps({"problem": problem, "first": names[0]}).encode() + b"\n")
-            connection.settimeout(None)
-        if problem:
-            connection.close()
+        _answer(connection, problem, names[0])
     if problem:
         raise TeamError(problem)
     return peers, names
+
+
+def _answer(connection: socket.socket, problem: str, first: str) -> None:
+    """Tell one process that it may start, or the `problem`; `first`: the name of process 0."""
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps({"problem": problem, "first": first}).encode() + b"\n")
+        connection.settimeout(None)
+    if problem:
+        connection.close()
 
 
 def _report(host: str, port: int, hello: dict[str, Any], timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
@@ -234,7 +250,8 @@ def _report(host: str, port: int, hello: dict[str, Any], timeout: float) -> tupl
         answer = _read_line(connection, max(deadline - time.monotonic(), 1) + 10)
     except (OSError, ValueError) as error:
         connection.close()
-        raise TeamError(f"process 0 at {host}:{port} was there, and is gone: look at its log") from error
+        raise TeamError(f"process 0 at {host}:{port} was there, and is gone: look at its log, and whether "
+                        f"{hello['name']} was started twice") from error
     if answer["problem"]:
         connection.close()
         raise TeamError(answer["problem"])
