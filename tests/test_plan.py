@@ -158,7 +158,7 @@ def test_rows_that_do_not_divide_are_planned_with_settings_that_do(capsys):
     figures = json.loads(last)
     assert text[0].startswith("refused    config.batch.global_rows: 128 is not divisible") and not figures["fits"]
     best = figures["options"][0]["overrides"]
-    assert any(line.endswith("micro-batch of 1 row on a device") for line in text)
+    assert any(line.endswith("micro-batch of 1 row on a device, as few as fit") for line in text)
     assert any(re.search(r"%, \d+\.?\d* minutes$", line) for line in text)
     assert text[1].endswith(" ".join(best)) and figures["mesh"]["tensor"] == 2 and figures["rows_per_device"] == 1
     assert plan.main([*command, *best]) == 0, "its own advice runs"
