@@ -142,11 +142,13 @@ def first_equal(keys: np.ndarray) -> np.ndarray:
     packed &= ~places
     packed |= np.arange(len(keys), dtype=np.uint64)
     packed.sort()
-    place = (packed & places).astype(np.int32)
-    ordered = keys[place]
+    ordered = packed & places
+    place = ordered.astype(np.int32)
+    np.take(keys, place, out=ordered, mode="clip")  # without clip NumPy fills a copy
     new = np.ones(len(keys), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
-    clashes = packed[1:][new[1:] & ((packed[1:] ^ packed[:-1]) <= places)] & ~places
+    edges = np.flatnonzero(new[1:])
+    clashes = packed[edges][(packed[edges] ^ packed[edges + 1]) <= places] & ~places
     if len(clashes):
         bounds = zip(np.searchsorted(packed, clashes), np.searchsorted(packed, clashes | places, "right"), strict=True)
         mixed = np.unique(np.concatenate([np.arange(low, high) for low, high in bounds]))
