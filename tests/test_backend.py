@@ -154,6 +154,8 @@ def test_no_writable_cache_is_only_a_warning(tmp_path):
 
 
 def test_a_running_backend_is_checked_not_changed():
+    with pytest.raises(BackendError, match="--devices=0: give 1 or more"):
+        backend.start(devices=0)
     backend.start(elastic=True, devices=8)  # as the tests' conftest did
     with pytest.raises(BackendError, match="3 devices asked for, but JAX already runs with 8"):
         backend.start(devices=3)

@@ -1,5 +1,6 @@
 """The corpus command: every kind of broken input, kills, filters, and the account of rows."""
 
+import gzip
 import json
 import os
 import signal
@@ -252,6 +253,19 @@ def test_what_others_made_is_not_removed(tmp_path: Path, there: str) -> None:
     mine.rename(tmp_path / "other" / "notes.txt")  # beside a corpus anything else may be
     build_corpus(config, tmp_path / "other")
     assert (tmp_path / "other" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("a.jsonl", "{}\n".encode("utf-16"), "byte 0 of the line is 0xff; it looks like UTF-16"),
+    ("a.txt", "caf\xe9".encode("latin-1"), r"byte 3 is 0xe9\)"),
+    ("a.jsonl", gzip.compress(b"{}\n" * 9), "it looks like gzip: name the file .gz"),
+    ("a.jsonl", b'{"text": ["a"]}\n', r"text is not a string \(list\)"),
+])
+def test_what_the_bytes_are_is_said_where_it_is_known(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    config = mixture(tmp_path / "mix.yaml", {"name": "set", "source": str(tmp_path / name), "on_error": "stop"})
+    with pytest.raises(DataError, match=words):
+        build_corpus(config, tmp_path / "out")
 
 
 def test_an_output_that_is_no_directory(tmp_path: Path) -> None:

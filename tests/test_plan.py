@@ -217,7 +217,7 @@ def test_the_check_before_training(monkeypatch):
     with pytest.raises(ConfigError, match=r"largest parts: \w+ .* GiB, \w+ .* GiB, \w+ .* GiB\. This fits: --config\."):
         here.check_memory(config, 1)
     monkeypatch.setattr(here, "device_memory", lambda count: 1000.0)
-    with pytest.raises(ConfigError, match="use more devices, or a smaller model"):
+    with pytest.raises(ConfigError, match=r"use more devices, or a smaller model\. See"):
         here.check_memory(config, 1)
 
 

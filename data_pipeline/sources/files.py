@@ -140,7 +140,7 @@ class FileReader:
         try:
             row = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
-            return Bad(place, "not UTF-8", f"byte {error.start} of the line is 0x{raw[error.start]:02x}")
+            return Bad(place, "not UTF-8", f"byte {error.start} of the line is 0x{raw[error.start]:02x}{_other(raw)}")
         except (ValueError,
                 RecursionError) as error:  # also integers of thousands of digits and 1,000 nested lists
             return Bad(place, "broken JSON", f"{error}"[:200])
@@ -194,7 +194,7 @@ class FileReader:
         try:
             return make_document(identity, decode(raw), {}, place)
         except UnicodeDecodeError as error:
-            return Bad(place, "not UTF-8", f"byte {error.start} is 0x{raw[error.start]:02x}")
+            return Bad(place, "not UTF-8", f"byte {error.start} is 0x{raw[error.start]:02x}{_other(raw)}")
         except ValueError as error:
             return Bad(place, "unknown encoding", str(error)[:200])
 
@@ -266,7 +266,8 @@ class FileReader:
         for field in needed:
             if field not in schema.names:
                 raise DataError(f"dataset {dataset.name}: {file.location} has no column {field!r}. "
-                                f"{nearest(field, schema.names)} Set text_field, fields or id_field.")
+                                f"{nearest(field, schema.names)} Set text_field, fields or id_field; or leave the "
+                                "file out, where the others are as the mixture says.")
         needed += [name for name in (dataset.date_field, "year") if name in schema.names]
         plain = [field.name for field in schema if not pyarrow.types.is_nested(field.type)]
         wanted = plain if dataset.meta_fields is None else [
@@ -293,6 +294,13 @@ class FileReader:
                     identity = record.identity or f"{file.name}:{number}"
                     yield number, make_document(identity, row, record.meta, place,
                                                 iso_date(record.meta.get("date")))
+
+
+def _other(raw: bytes) -> str:
+    """What bytes that are no UTF-8 are by their start, where that is known."""
+    kinds = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip: name the file .gz",
+             b"\x28\xb5\x2f\xfd": "zstd: name the file .zst"}
+    return next((f"; it looks like {name}" for mark, name in kinds.items() if raw.startswith(mark)), "")
 
 
 def _arrow_batches(stream: Any) -> Iterator[pyarrow.RecordBatch]:

@@ -37,7 +37,7 @@ def read_blocks(path: str | os.PathLike[str], report: Report = lambda count: Non
         else:
             yield from _raw_blocks(name, report)
     except OSError as error:
-        raise BrokenStream(f"cannot be read: {error}") from error
+        raise BrokenStream(f"cannot be read: {error.strerror or error}") from error
 
 
 def split_rows(blocks: Iterator[bytes], separator: bytes,

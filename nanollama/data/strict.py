@@ -6,6 +6,7 @@ dataclasses mean, and imports only the standard library, so that every room may 
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,8 @@ def _spelling(hint: Any, value: Any) -> str:
     """How YAML wants a value of type `hint` written, where `value` was read as another."""
     if hint in (int, float) and isinstance(value, str):
         try:
-            return f": {hint(float(value)):_} without quotes (YAML takes 1e9 for text)"
+            number = hint(float(value))
+            return f": {number:_} without quotes (YAML takes 1e9 for text)" if math.isfinite(number) else ""
         except (ValueError, OverflowError):
             return ""
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -117,8 +119,9 @@ def _convert_union(hint: Any, value: Any, where: str) -> Any:
             return _convert(option, value, where)
         except FieldError as error:
             errors.append(error)
-    if len(errors) == 1 or errors[-1].field != where:
-        raise errors[-1]
+    names = any(typing.get_origin(option) is typing.Literal for option in typing.get_args(hint))
+    if len(errors) == 1 or errors[-1].field != where or names:
+        raise errors[-1]  # which names there are, or what is wrong inside, says more
     raise FieldError(where, f"{value!r} is of type {type(value).__name__}", " Or: ".join(e.fix for e in errors))
 
 

@@ -63,13 +63,14 @@ def start(*, elastic: bool = False, devices: int | None = None, processes: int =
 
     `elastic` pins the CPU thread pool, which the elastic determinism mode needs. `devices` asks for that many
     virtual CPU devices; `processes` is how many processes share the run. Calling again with the same needs does
-    nothing. A user's own XLA_FLAGS,
-    JAX_COMPILATION_CACHE_DIR and (outside elastic mode) NPROC are respected.
+    nothing. A user's own XLA_FLAGS, JAX_COMPILATION_CACHE_DIR and (outside elastic mode) NPROC are respected.
 
-    Errors: BackendError on a jaxlib known to be wrong or found to be wrong, or when the backend already runs
-    with other settings than are asked for.
+    Errors: BackendError on a jaxlib known to be wrong or found to be wrong, when the backend already runs with other
+    settings than are asked for, or no device is.
     """
     refuse_version(JAXLIB_VERSION)
+    if devices is not None and devices < 1:
+        raise BackendError(f"--devices={devices}: give 1 or more.")
     if devices is not None and elastic and devices > ELASTIC_THREADS:
         raise BackendError(
             f"{devices} devices with elastic determinism: its thread pool serves up to "

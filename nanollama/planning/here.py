@@ -88,7 +88,7 @@ def check_memory(config: Config, count: int) -> str:
     words = (f"needs about {memory.total / GIB:.1f} GiB on a device, {room / GIB:.1f} GiB can be used. "
              f"The largest parts: {largest(memory)}. {advice(config, sizes, room)}")  # fmt: skip
     if memory.total > SURE * room:
-        raise ConfigError(config.name, words, "See python -m nanollama.plan.")
+        raise ConfigError(config.name, words.removesuffix("."), "See python -m nanollama.plan.")
     return f"warning: {config.name} {words}"
 
 
