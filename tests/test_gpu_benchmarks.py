@@ -96,7 +96,7 @@ def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path: Path, monkeypatc
     program.write_text("import pathlib, sys, time; pathlib.Path(sys.argv[1][6:]).write_text('{}'); time.sleep(600)")
     slow = gpu_all.Part("slow", 60, (str(program),))
     monkeypatch.setattr(gpu_all, "smoke_parts", lambda: [wrong, slow])
-    monkeypatch.setattr(gpu_all, "allowed", lambda part, *_: 60 if part is wrong else 2)
+    monkeypatch.setattr(gpu_all, "allowed", lambda part, *_: 60 if part is wrong else 1)
     out = tmp_path / "gpu.json"
     assert gpu_all.main(["--smoke", f"--out={out}"]) == 1
     parts = json.loads(out.read_text())["parts"]
