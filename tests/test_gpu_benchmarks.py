@@ -92,14 +92,16 @@ def test_what_is_done_is_not_done_again(
 
 def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = gpu_all.Part("wrong", 60, ("ceilings.py", "--size=no"))
-    slow = gpu_all.Part("slow", 60, ("ceilings.py", "--size=64"))
+    program = tmp_path / "slow.py"  # writes half of its figures, and hangs
+    program.write_text("import pathlib, sys, time; pathlib.Path(sys.argv[1][6:]).write_text('{}'); time.sleep(600)")
+    slow = gpu_all.Part("slow", 60, (str(program),))
     monkeypatch.setattr(gpu_all, "smoke_parts", lambda: [wrong, slow])
-    monkeypatch.setattr(gpu_all, "allowed", lambda part, *_: 60 if part is wrong else 0.01)
+    monkeypatch.setattr(gpu_all, "allowed", lambda part, *_: 60 if part is wrong else 1)
     out = tmp_path / "gpu.json"
     assert gpu_all.main(["--smoke", f"--out={out}"]) == 1
     parts = json.loads(out.read_text())["parts"]
     assert parts["wrong"]["status"] == "failed" and "invalid int value: 'no'" in parts["wrong"]["why"]
-    assert parts["slow"]["status"] == "stopped"
+    assert (parts["slow"]["status"], parts["slow"]["figures"]) == ("stopped", {})
     assert gpu_all.main(["--smoke", "--budget=1", f"--out={out}"]) == 1
     assert json.loads(out.read_text())["parts"]["wrong"]["status"] == "failed", "as it was: there was no time to try it"
 
