@@ -61,7 +61,7 @@ def _blocked_backward(residuals: tuple[Any, ...], out_gradient_BGRTJ: jax.Array)
     as weights^T x rows to [S, K]. With the saved logsumexp it makes a third less work than plain autodiff.
     """
     q_BGRTK, k_BGSK, v_BGSJ, mask, out_BGRTJ, lse_BGRT1 = residuals
-    q_BGRTK = after(q_BGRTK, out_gradient_BGRTJ)  # else every block's scores are kept from the forward pass
+    q_BGRTK = after(q_BGRTK, out_gradient_BGRTJ[..., :1])  # else every block's scores are kept from the forward pass
     dtype = q_BGRTK.dtype
     delta_BGRT1 = jnp.sum((out_BGRTJ * out_gradient_BGRTJ).astype(jnp.float32), axis=-1, keepdims=True)
     q_gradients = []

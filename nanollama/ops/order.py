@@ -7,14 +7,13 @@ from nanollama.ops.device import device
 
 
 def after(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, to the bit, which on CPU cannot be had before the floats `other` are there; elsewhere x itself.
+    """x, to the bit, whose elements on CPU cannot be had before those of `other`, floats, are; elsewhere x itself.
 
-    XLA:CPU drops `optimization_barrier` before it looks for common subexpressions. What a backward pass means to
-    compute again it then keeps from the forward pass, of all layers at the peak, and an array that is read once more
-    after its successor took its place is copied. So x is multiplied by a 1 that depends on a value of `other`
-    (NaN if that is NaN). Rows cut over several devices are left alone: one value of them would have to be sent.
+    other: broadcasts to x. XLA:CPU drops `optimization_barrier` before it looks for common subexpressions. What a
+    backward pass means to compute again it then keeps from the forward pass, of all layers at the peak, and an array
+    that is read once more after its successor took its place is copied. So x is multiplied by a 1 that depends on
+    `other` (NaN where that is NaN).
     """
-    if device()[0] != "cpu" or (other.ndim and jax.sharding.get_abstract_mesh().size > 1):
+    if device()[0] != "cpu":
         return x
-    first = other[(0,) * other.ndim].astype(x.dtype)
-    return x * jnp.where(jnp.isnan(first), first, jnp.ones_like(first))
+    return x * jnp.where(jnp.isnan(other), other, jnp.ones_like(other)).astype(x.dtype)
