@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pyarrow.parquet as pq
 from machine import machine
 
-from data_pipeline.corpus_step import CorpusStep, FeatureFile, documents_table
 from data_pipeline.decontaminate.evaluation_sets import Item
 from data_pipeline.decontaminate.index import Index
 from data_pipeline.decontaminate.step import Decontamination
@@ -37,6 +36,7 @@ from data_pipeline.dedup.exact import ExactDeduplication
 from data_pipeline.dedup.minhash import MinHashDeduplication
 from data_pipeline.dedup.simhash import SimHashDeduplication
 from data_pipeline.filters.base import Batch, make_batch
+from data_pipeline.filters.corpus_step import CorpusStep, FeatureFile, documents_table
 from data_pipeline.select.dsir import ImportanceResampling
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import analysis_page
-from data_pipeline.analysis_facts import Analysis, analyze
-from data_pipeline.cards import size, table
-from data_pipeline.estimate import ACCELERATORS, WORLD_CARBON, Estimate, Inputs, estimate, formulas
-from data_pipeline.progress import Progress
-from data_pipeline.stage import Help, command
+from data_pipeline.analysis import analysis_page
+from data_pipeline.analysis.estimate import ACCELERATORS, WORLD_CARBON, Estimate, Inputs, estimate, formulas
+from data_pipeline.analysis.facts import Analysis, analyze
+from data_pipeline.curation.cards import size, table
+from data_pipeline.engine.progress import Progress
+from data_pipeline.engine.stage import Help, command
 from nanollama.data.files import DataError, write_atomic, write_json
 
 PAGE, FACTS = "analysis.html", "analysis.json"

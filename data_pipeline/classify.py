@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from data_pipeline.documents import BadText, encode_text, hash_fraction, text_digest
+from data_pipeline.engine.stage import Help, code_version, command
 from data_pipeline.filters import classifier
 from data_pipeline.filters.classifier import DESCRIPTION, LABELS, WEIGHTS, Classifier, Features
 from data_pipeline.filters.resources import missing
 from data_pipeline.sources.streams import read_blocks, split_rows
-from data_pipeline.stage import Help, code_version, command
+from data_pipeline.text.documents import BadText, encode_text, hash_fraction, text_digest
 from nanollama.data.files import DataError, Lock, sha256_file, sha256_json, write_json
 from nanollama.data.strict import nearest
 

@@ -21,17 +21,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import cards, corpus_format
-from data_pipeline.account import Counts
-from data_pipeline.config import load_mixture
-from data_pipeline.corpus_run import CACHE, DECISIONS, Plan, Run
+from data_pipeline.curation import cards, corpus_format
+from data_pipeline.curation.account import Counts
+from data_pipeline.curation.corpus_run import CACHE, DECISIONS, Plan, Run
+from data_pipeline.curation.sampling import sample
+from data_pipeline.engine.progress import Progress
+from data_pipeline.engine.stage import command, disk_full_explained, finished, require_own
+from data_pipeline.engine.tasks import Executor
+from data_pipeline.engine.workers import ENGINES, open_executor
 from data_pipeline.mixture import plan_of
-from data_pipeline.mixture_schema import MixtureConfig
-from data_pipeline.progress import Progress
-from data_pipeline.sampling import sample
-from data_pipeline.stage import command, disk_full_explained, finished, require_own
-from data_pipeline.tasks import Executor
-from data_pipeline.workers import ENGINES, open_executor
+from data_pipeline.mixtures.load import load_mixture
+from data_pipeline.mixtures.schema import MixtureConfig
 from nanollama.data.files import DataError, Lock, write_json
 
 PLAN = "plan.json"  # of the mixture, written before anything is read

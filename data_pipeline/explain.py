@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
-from data_pipeline import corpus_format
-from data_pipeline.corpus_format import read_manifest
-from data_pipeline.shards import read_all_columns, read_columns
-from data_pipeline.stage import command
+from data_pipeline.curation import corpus_format
+from data_pipeline.curation.corpus_format import read_manifest
+from data_pipeline.curation.shards import read_all_columns, read_columns
+from data_pipeline.engine.stage import command
 from nanollama.data.files import DataError, read_json, sha256_file
 from nanollama.data.origin import row_origin
 from nanollama.data.packed import DOCUMENTS_FILE, PackedSet

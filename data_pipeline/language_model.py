@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from data_pipeline.corpus_format import read_manifest, read_shard
-from data_pipeline.documents import hash_fraction, text_digest
+from data_pipeline.curation.corpus_format import read_manifest, read_shard
+from data_pipeline.engine.stage import WORK, Help, code_version, command, disk_full_explained, finished, work_directory
+from data_pipeline.filters.kneser_ney import BEGIN, END, SPECIAL, train, write_arpa
 from data_pipeline.filters.ngram import ARPA, DESCRIPTION, NOISE_WORDS, load_arpa, noise_lines, spelled
 from data_pipeline.filters.words import word_table
-from data_pipeline.kneser_ney import BEGIN, END, SPECIAL, train, write_arpa
-from data_pipeline.stage import WORK, Help, code_version, command, disk_full_explained, finished, work_directory
+from data_pipeline.text.documents import hash_fraction, text_digest
 from nanollama.data.files import DataError, Lock, sha256_file, sha256_json, write_json
 
 STAGE_VERSION = 1  # raise it when the same inputs would give another model

@@ -14,9 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import cards
-from data_pipeline.config import load_mixture, mixture_mapping
-from data_pipeline.dataset import (
+from data_pipeline.curation import cards
+from data_pipeline.engine.progress import Progress
+from data_pipeline.engine.stage import Help, command
+from data_pipeline.filters import make_batch
+from data_pipeline.mixtures.load import load_mixture, mixture_mapping
+from data_pipeline.mixtures.schema import MixtureConfig, epochs_of
+from data_pipeline.mixtures.steps import SECTIONS
+from data_pipeline.sources import open_source, read_all
+from data_pipeline.sources.dataset import (
     BYTES_PER_TOKEN,
     DatasetConfig,
     available_tokens,
@@ -24,13 +30,7 @@ from data_pipeline.dataset import (
     paths_of,
     removes_duplicates,
 )
-from data_pipeline.documents import Bad, Document, text_digest
-from data_pipeline.filters import make_batch
-from data_pipeline.mixture_schema import MixtureConfig, epochs_of
-from data_pipeline.progress import Progress
-from data_pipeline.sources import open_source, read_all
-from data_pipeline.stage import Help, command
-from data_pipeline.steps import SECTIONS
+from data_pipeline.text.documents import Bad, Document, text_digest
 from nanollama.data.files import DataError, sha256_json, write_json
 from nanollama.data.strict import to_mapping
 from nanollama.data.tokenizer import Tokenizer

@@ -16,22 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline import cards, pack_card
-from data_pipeline.corpus_format import read_manifest
-from data_pipeline.pack_files import FileTask, check_records, check_tasks, write_file
-from data_pipeline.pack_records import (
-    SPLITS,
-    WINDOW_DOCUMENTS,
-    Documents,
-    TableTask,
-    load_documents,
-    plan_split,
-    table_task,
-    write_table,
-)
-from data_pipeline.pack_tokens import ShardTask, token_dtype, tokenize_shard
-from data_pipeline.progress import Progress
-from data_pipeline.stage import (
+from data_pipeline.curation import cards
+from data_pipeline.curation.corpus_format import read_manifest
+from data_pipeline.engine.progress import Progress
+from data_pipeline.engine.stage import (
     WORK,
     code_version,
     command,
@@ -41,8 +29,21 @@ from data_pipeline.stage import (
     require_space,
     work_directory,
 )
-from data_pipeline.tasks import Executor
-from data_pipeline.workers import LocalExecutor
+from data_pipeline.engine.tasks import Executor
+from data_pipeline.engine.workers import LocalExecutor
+from data_pipeline.packing import pack_card
+from data_pipeline.packing.files import FileTask, check_records, check_tasks, write_file
+from data_pipeline.packing.records import (
+    SPLITS,
+    WINDOW_DOCUMENTS,
+    Documents,
+    TableTask,
+    load_documents,
+    plan_split,
+    table_task,
+    write_table,
+)
+from data_pipeline.packing.tokens import ShardTask, token_dtype, tokenize_shard
 from nanollama.data.files import DataError, Lock, sha256_json, write_atomic, write_json
 from nanollama.data.packed import DOCUMENTS_FILE, MANIFEST_FILE, SCHEMA_VERSION, dataset_id
 from nanollama.data.strict import nearest

@@ -1,7 +1,8 @@
 """`python -m data_pipeline.tokenizer --corpus=DIR --output=DIR --vocab-size=8192`: train and freeze it.
 
 Owns the SentencePiece settings and the refusal to replace a frozen tokenizer. Knows nothing of packing. The sampling
-rule is in `tokenizer_sample`, measuring in `tokenizer_report`, the frozen format in `nanollama.data.tokenizer`.
+rule is in `tokenization.sample`, measuring in `tokenization.tokenizer_report`, the frozen format in
+`nanollama.data.tokenizer`.
 
 Why these settings (measured on the quickstart corpus, vocabulary 8,192):
 - Newlines stay in the training text as ordinary characters, so pieces such as ":\\n" and ")\\n\\n" exist:
@@ -28,11 +29,11 @@ from typing import Any
 
 import sentencepiece
 
-from data_pipeline import tokenizer_report
-from data_pipeline.corpus_format import read_manifest, read_shard
-from data_pipeline.progress import Progress
-from data_pipeline.stage import WORK, Help, command, disk_full_explained, work_directory
-from data_pipeline.tokenizer_sample import CHUNK_BYTES, plan_sample
+from data_pipeline.curation.corpus_format import read_manifest, read_shard
+from data_pipeline.engine.progress import Progress
+from data_pipeline.engine.stage import WORK, Help, command, disk_full_explained, work_directory
+from data_pipeline.tokenization import tokenizer_report
+from data_pipeline.tokenization.sample import CHUNK_BYTES, plan_sample
 from nanollama.data.files import DataError, Lock, read_json, sha256_json, write_atomic
 from nanollama.data.tokenizer import (
     CARD_FILE,

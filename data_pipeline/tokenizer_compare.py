@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import cards, tokenizer_report
-from data_pipeline.corpus_format import read_manifest
-from data_pipeline.progress import Progress
-from data_pipeline.stage import Help, command
+from data_pipeline.curation import cards
+from data_pipeline.curation.corpus_format import read_manifest
+from data_pipeline.engine.progress import Progress
+from data_pipeline.engine.stage import Help, command
+from data_pipeline.tokenization import tokenizer_report
+from data_pipeline.tokenization.tokenizer_report import Measures, Report
 from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer
-from data_pipeline.tokenizer_report import Measures, Report
 from nanollama.data.files import DataError, write_atomic, write_json
 from nanollama.data.tokenizer import Tokenizer
 

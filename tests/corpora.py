@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import corpus_format
+from data_pipeline.curation import corpus_format
 
 
 def mixture(path: Path, *datasets: dict[str, Any], **top: Any) -> Path:

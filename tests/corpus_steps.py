@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.corpus_step import FeatureFile, documents_table
 from data_pipeline.filters.base import make_batch
+from data_pipeline.filters.corpus_step import FeatureFile, documents_table
 
 
 @dataclasses.dataclass(frozen=True)

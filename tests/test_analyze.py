@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from corpora import documents, mixture
 
-from data_pipeline import analysis_page
-from data_pipeline.analysis_facts import Lengths, analyze
+from data_pipeline.analysis import analysis_page
+from data_pipeline.analysis.estimate import ACCELERATORS, Inputs, estimate, formulas
+from data_pipeline.analysis.facts import Lengths, analyze
 from data_pipeline.analyze import write_analysis
 from data_pipeline.corpus import build_corpus
-from data_pipeline.documents import language_of
-from data_pipeline.estimate import ACCELERATORS, Inputs, estimate, formulas
 from data_pipeline.pack import build_packed, pack_datasets
+from data_pipeline.text.documents import language_of
 from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer
 from nanollama.data.files import DataError
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from data_pipeline import bestfit
-from data_pipeline.bestfit import Piece, min_piece, plan
+from data_pipeline.packing import bestfit
+from data_pipeline.packing.bestfit import Piece, min_piece, plan
 
 Plan = Callable[[Sequence[int], int], list[list[Piece]]]
 

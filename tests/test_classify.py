@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 
 from data_pipeline import classify
+from data_pipeline.engine.stage import command
 from data_pipeline.filters import classifier, make_batch, make_filter
 from data_pipeline.filters.classifier import LABELS, Features
-from data_pipeline.stage import command
 from data_pipeline.text.words import slow_ngram, slow_word_hash, slow_words
 from nanollama.data.files import DataError
 

@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.conversations import LAYOUTS, Conversation, read_conversation, text_of
-from data_pipeline.dataset import DatasetConfig
-from data_pipeline.documents import Bad, BadText, Document
 from data_pipeline.sources import open_source, read_all
+from data_pipeline.sources.conversations import LAYOUTS, Conversation, read_conversation, text_of
+from data_pipeline.sources.dataset import DatasetConfig
+from data_pipeline.text.documents import Bad, BadText, Document
 
 
 def read(rows: str, layout: str, row: dict[str, Any], **fields: str) -> Conversation:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from corpora import documents, files_of, jsonl, mixture, small_mixture
 
-from data_pipeline import corpus_format, curate, shards, whole
 from data_pipeline.corpus import build_corpus
-from data_pipeline.progress import Progress
+from data_pipeline.curation import corpus_format, curate, shards, whole
+from data_pipeline.engine.progress import Progress
 from data_pipeline.sources.files import FileReader
 from nanollama.data.files import DataError
 
@@ -198,7 +198,7 @@ def test_kill_9_and_a_second_run_at_the_same_time(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "data_pipeline.corpus", f"--config={config}", f"--output={tmp_path / 'out'}"
     ]
-    slow = ("import sys, time, data_pipeline.corpus as c, data_pipeline.corpus_format as f\n"
+    slow = ("import sys, time, data_pipeline.corpus as c, data_pipeline.curation.corpus_format as f\n"
             "original = f.ShardWriter.write\n"
             "def write(self, *document):\n"
             "    original(self, *document)\n"
@@ -258,7 +258,7 @@ def test_what_others_made_is_not_removed(tmp_path: Path, there: str) -> None:
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("a.jsonl", "{}\n".encode("utf-16"), "byte 0 of the line is 0xff; it looks like UTF-16"),
     ("a.txt", "caf\xe9".encode("latin-1"), r"byte 3 is 0xe9\)"),
-    ("a.jsonl", gzip.compress(b"{}\n" * 9), "it looks like gzip: name the file .gz"),
+    ("a.jsonl", gzip.compress(b"{}\n" * 9, mtime=0), "it looks like gzip: name the file .gz"),
     ("a.jsonl", b'{"text": ["a"]}\n', r"text is not a string \(list\)"),
 ])
 def test_what_the_bytes_are_is_said_where_it_is_known(tmp_path: Path, name: str, content: bytes, words: str) -> None:

@@ -18,13 +18,14 @@ import polars as pl
 import pytest
 from corpora import documents, files_of, jsonl, mixture
 
-from data_pipeline import corpus_format, curate, download, filters, whole
+from data_pipeline import filters
 from data_pipeline.corpus import build_corpus
-from data_pipeline.documents import text_digest
+from data_pipeline.curation import corpus_format, curate, download, whole
 from data_pipeline.explain import Corpus, describe
 from data_pipeline.filters.base import Batch, Judgement, Parameters, keep_all
 from data_pipeline.mixture import compile_plan
 from data_pipeline.sources.files import FileReader
+from data_pipeline.text.documents import text_digest
 from nanollama.data.files import DataError
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wise", "owls", "watch"]
@@ -172,7 +173,8 @@ def test_a_source_changed_under_way_is_read_again(tmp_path: Path) -> None:
 def test_killed_at_any_moment_gives_the_same_bytes(tmp_path: Path) -> None:
     """kill -9 of a run with two workers, when it has written some of its files; then it goes on to the same bytes."""
     config = staged_mixture(tmp_path)
-    program = ("import data_pipeline.corpus_format as f, data_pipeline.download as d, data_pipeline.corpus as c, sys\n"
+    program = ("import sys, data_pipeline.corpus as c\n"
+               "from data_pipeline.curation import corpus_format as f, download as d\n"
                "d.SHARD_BYTES, f.SHARD_BYTES = 10_000, 15_000\n"
                "if __name__ == '__main__': c.build_corpus(sys.argv[1], sys.argv[2], workers=2)\n")
     script = tmp_path / "run.py"

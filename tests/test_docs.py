@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from data_pipeline.config import load_mixture
+from data_pipeline.mixtures.load import load_mixture
 from nanollama import config
 from nanollama.stages import load_pipeline
 

@@ -14,9 +14,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from data_pipeline import kneser_ney, language_model
+from data_pipeline import language_model
 from data_pipeline.corpus import build_corpus
-from data_pipeline.filters import make_batch, make_filter, ngram
+from data_pipeline.filters import kneser_ney, make_batch, make_filter, ngram
 from nanollama.data.files import DataError
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from corpora import data_folder, documents
 
-from data_pipeline.config import load_mixture
 from data_pipeline.corpus import build_corpus
-from data_pipeline.dataset import PACKAGE_METADATA, PYTHON_STDLIB, format_of, paths_of
 from data_pipeline.mixture import compile_plan, count_rows, describe
+from data_pipeline.mixtures.load import load_mixture
+from data_pipeline.sources.dataset import PACKAGE_METADATA, PYTHON_STDLIB, format_of, paths_of
 
 ROOT = Path(__file__).parents[1] / "configs" / "mixtures"
 MIXTURES, OFFLINE = sorted(ROOT.glob("*.yaml")), sorted((ROOT / "offline").glob("*.yaml"))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from corpora import jsonl, mixture
 
-from data_pipeline.config import MixtureError, load_mixture
 from data_pipeline.mixture import compile_plan, count_rows, counts_table, describe, trainer_sets
+from data_pipeline.mixtures.load import MixtureError, load_mixture
 from nanollama.data.files import DataError
 
 

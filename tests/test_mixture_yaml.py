@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import MixtureError, load_mixture, mixture_mapping
-from data_pipeline.dataset import format_of, layout_of
-from data_pipeline.steps import make_sampling
+from data_pipeline.mixtures.load import MixtureError, load_mixture, mixture_mapping
+from data_pipeline.mixtures.steps import make_sampling
+from data_pipeline.sources.dataset import format_of, layout_of
 from nanollama.data.files import sha256_json
 
 MIXTURES = sorted((Path(__file__).parents[1] / "configs" / "mixtures").glob("*.yaml"))

@@ -19,10 +19,13 @@ import pyarrow.parquet
 import pytest
 from corpora import documents, files_of, jsonl, mixture
 
-from data_pipeline import corpus_format, pack_files, pack_records, pack_tokens
-from data_pipeline.bestfit import Piece, plan
 from data_pipeline.corpus import build_corpus
+from data_pipeline.curation import corpus_format
 from data_pipeline.pack import build_packed, pack_datasets
+from data_pipeline.packing import files as packed_files
+from data_pipeline.packing import records as pack_records
+from data_pipeline.packing import tokens as pack_tokens
+from data_pipeline.packing.bestfit import Piece, plan
 from data_pipeline.sources.python_code import stdlib_files
 from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer
 from nanollama.data.files import DataError
@@ -198,7 +201,7 @@ def test_a_lost_or_changed_token_stops_the_packing(room: Path, tmp_path: Path, m
             return records[::-1]
         return [*records, records[-1]] if mutant == "repeats" else records
 
-    original = pack_files.TokenStore.get
+    original = packed_files.TokenStore.get
     calls = {"count": 0}
 
     def damaged(self: Any, recipe: Any) -> np.ndarray:
@@ -212,7 +215,7 @@ def test_a_lost_or_changed_token_stops_the_packing(room: Path, tmp_path: Path, m
         return tokens
 
     monkeypatch.setattr(pack_records, "plan", wrong)
-    monkeypatch.setattr(pack_files.TokenStore, "get", damaged)
+    monkeypatch.setattr(packed_files.TokenStore, "get", damaged)
     found = {"loses": "tokens in, .* planned", "repeats": "not the next", "cuts": "not the next",
              "changes": "their tokens are not", "mixes": "their tokens are not"}
     with pytest.raises(DataError, match=found[mutant]):
@@ -318,7 +321,7 @@ def test_a_full_disk_leaves_the_earlier_set_untouched(room: Path, packed: Path, 
     for limit in (100_000, 250_000):  # while writing tokens; while ArrayRecord writes records
         script = (
             f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-            "from data_pipeline import pack; from data_pipeline.stage import command\n"
+            "from data_pipeline import pack; from data_pipeline.engine.stage import command\n"
             f"command(lambda: pack.build_packed({str(room / 'corpus')!r}, {str(room / 'tokenizer')!r},"
             f" {str(output)!r}, record_length=64, validation_fraction=0.1, seed=0))")
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -13,7 +13,7 @@ from corpora import files_of
 from test_corpus_stages import staged_mixture
 
 from data_pipeline.corpus import build_corpus
-from data_pipeline.workers import open_executor
+from data_pipeline.engine.workers import open_executor
 from nanollama.data.files import DataError
 
 ray = pytest.importorskip("ray", reason="needs Ray (extra ray, 236 MB installed)")

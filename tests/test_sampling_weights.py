@@ -8,6 +8,7 @@ import pytest
 from corpus_steps import Doc, run_step
 from hypothesis import given
 
+from data_pipeline.mixtures.steps import make_sampling, make_step
 from data_pipeline.select import weights
 from data_pipeline.select.attributes import AttributeSelection, CurriculumPhases, QualitySelection, TemporalSelection
 from data_pipeline.select.documents import (
@@ -17,7 +18,6 @@ from data_pipeline.select.documents import (
     quality_rates,
     temporal_weights,
 )
-from data_pipeline.steps import make_sampling, make_step
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
 

@@ -14,14 +14,14 @@ import pyarrow.parquet
 import pytest
 from corpora import documents, jsonl, mixture
 
-from data_pipeline import download
 from data_pipeline.corpus import build_corpus
-from data_pipeline.dataset import DatasetConfig
-from data_pipeline.documents import Bad, Document, iso_date
+from data_pipeline.curation import download
 from data_pipeline.sources import Source, open_source, read_all
+from data_pipeline.sources.dataset import DatasetConfig
 from data_pipeline.sources.files import FileSource
 from data_pipeline.sources.streams import BrokenStream
 from data_pipeline.sources.warc import WarcRecord, extractor, read_records
+from data_pipeline.text.documents import Bad, Document, iso_date
 from nanollama.data.files import DataError
 
 TEXTS = [f"text {number} " + "word " * (number % 9) for number in range(600)]

@@ -18,11 +18,11 @@ import pytest
 from corpora import documents, jsonl, mixture
 
 from data_pipeline.corpus import build_corpus
-from data_pipeline.dataset import DatasetConfig
-from data_pipeline.documents import Bad, Document
 from data_pipeline.sources import open_source, read_all
+from data_pipeline.sources.dataset import DatasetConfig
 from data_pipeline.sources.python_code import docstrings, stdlib_files
 from data_pipeline.sources.streams import BrokenStream, TooLong, read_blocks, split_rows
+from data_pipeline.text.documents import Bad, Document
 from nanollama.data.files import DataError
 
 # Characters that str.splitlines breaks at, and others that get lost in careless code.

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from corpora import jsonl, mixture
 
-from data_pipeline import tokenizer_report
 from data_pipeline.corpus import build_corpus
-from data_pipeline.corpus_format import read_manifest, read_shard
-from data_pipeline.documents import hash_fraction, text_digest
-from data_pipeline.progress import Progress
+from data_pipeline.curation.corpus_format import read_manifest, read_shard
+from data_pipeline.engine.progress import Progress
 from data_pipeline.sources.python_code import stdlib_files
+from data_pipeline.text.documents import hash_fraction, text_digest
+from data_pipeline.tokenization import tokenizer_report
+from data_pipeline.tokenization.sample import Sample, chunks, language_sizes, plan_sample, sample_rates
 from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer
 from data_pipeline.tokenizer_compare import compare
-from data_pipeline.tokenizer_sample import Sample, chunks, language_sizes, plan_sample, sample_rates
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer
 

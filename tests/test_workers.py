@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from data_pipeline.workers import LocalExecutor, open_executor
+from data_pipeline.engine.workers import LocalExecutor, open_executor
 from nanollama.data.files import DataError
 
 

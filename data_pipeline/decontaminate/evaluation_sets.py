@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from data_pipeline.variables import expand_variables
-from data_pipeline.yaml_lines import YamlError, line_of, load_with_lines
+from data_pipeline.engine.variables import expand_variables
+from data_pipeline.engine.yaml_lines import YamlError, line_of, load_with_lines
 from nanollama.data.files import DataError, sha256_file
 from nanollama.data.strict import FieldError, from_mapping, nearest
 

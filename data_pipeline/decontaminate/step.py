@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.corpus_step import FeatureFile, judgement
 from data_pipeline.decontaminate.evaluation_sets import LIST, Found, choose, find, read_items
 from data_pipeline.decontaminate.index import WHOLE, Index
+from data_pipeline.filters.corpus_step import FeatureFile, judgement
 from data_pipeline.text import words
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError

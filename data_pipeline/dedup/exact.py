@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.corpus_step import FeatureFile
 from data_pipeline.dedup.spool import Documents, Partitions, file_array
-from data_pipeline.documents import text_digest
+from data_pipeline.filters.corpus_step import FeatureFile
+from data_pipeline.text.documents import text_digest
 
 if TYPE_CHECKING:
     from data_pipeline.filters.base import Batch

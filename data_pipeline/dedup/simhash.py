@@ -21,9 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.corpus_step import FeatureFile
 from data_pipeline.dedup.cluster import Groups, Scores, drop_duplicates
 from data_pipeline.dedup.spool import Docs, Documents, file_array
+from data_pipeline.filters.corpus_step import FeatureFile
 from data_pipeline.text import words
 from data_pipeline.text.words import Hashes, mix
 from nanollama.data.strict import FieldError

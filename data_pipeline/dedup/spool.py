@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.corpus_step import FeatureFile, judgement
+from data_pipeline.filters.corpus_step import FeatureFile, judgement
 from nanollama.data.files import DataError
 
 Docs = npt.NDArray[np.int64]  # documents, numbered through the corpus

@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import polars as pl
 
+from data_pipeline.engine.variables import expand_variables
 from data_pipeline.filters.resources import file_hash
 from data_pipeline.text.words import VERSION as WORDS_VERSION
 from data_pipeline.text.words import word_hashes
-from data_pipeline.variables import expand_variables
 from nanollama.data.files import DataError, read_json, sha256_file
 
 DESCRIPTION, WEIGHTS = "classifier.json", "weights.npz"

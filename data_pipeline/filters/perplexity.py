@@ -6,11 +6,11 @@ from typing import Literal
 
 import polars as pl
 
+from data_pipeline.engine.variables import expand_variables
 from data_pipeline.filters import ngram
 from data_pipeline.filters.base import Batch, Judgement, Parameters
 from data_pipeline.filters.resources import file_hash
 from data_pipeline.filters.rules import first_broken, outside
-from data_pipeline.variables import expand_variables
 from nanollama.data.strict import FieldError
 
 

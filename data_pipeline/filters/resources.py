@@ -4,7 +4,7 @@ import functools
 import os
 from pathlib import Path
 
-from data_pipeline.variables import expand_variables
+from data_pipeline.engine.variables import expand_variables
 from nanollama.data.files import DataError, sha256_file
 
 

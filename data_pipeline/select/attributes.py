@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.corpus_step import FeatureFile
+from data_pipeline.filters.corpus_step import FeatureFile
 from data_pipeline.select.documents import attribute_rates, curriculum_phases, quality_rates, temporal_weights
 from data_pipeline.select.resample import Floats, draws, keep_by_rate
 from nanollama.data.files import DataError

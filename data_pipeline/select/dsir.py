@@ -23,15 +23,15 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.corpus_step import FeatureFile
-from data_pipeline.dataset import DatasetConfig
 from data_pipeline.dedup.spool import file_array
-from data_pipeline.documents import Document
+from data_pipeline.engine.variables import expand_variables
+from data_pipeline.filters.corpus_step import FeatureFile
 from data_pipeline.select.resample import Floats, draws, gumbel_keys, top
 from data_pipeline.sources import open_source, read_all
+from data_pipeline.sources.dataset import DatasetConfig
 from data_pipeline.text import words
+from data_pipeline.text.documents import Document
 from data_pipeline.text.words import Hashes, Positions, WordHashes, word_hashes
-from data_pipeline.variables import expand_variables
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
 

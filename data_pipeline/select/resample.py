@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.documents import hash_fraction, text_digest
+from data_pipeline.text.documents import hash_fraction, text_digest
 
 Floats = npt.NDArray[np.float64]
 

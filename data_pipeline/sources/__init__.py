@@ -1,7 +1,7 @@
 """Where text comes from. `open_source` gives the source of one dataset of a mixture."""
 
-from data_pipeline.dataset import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, format_of, paths_of
 from data_pipeline.sources.base import Input, Part, Reader, Source, State, read_all
+from data_pipeline.sources.dataset import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, format_of, paths_of
 from data_pipeline.sources.files import FileSource
 from data_pipeline.sources.find import find_files, local_files
 from data_pipeline.sources.hub import HubSource

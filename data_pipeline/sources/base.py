@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from data_pipeline.documents import Bad, Document
+from data_pipeline.text.documents import Bad, Document
 
 State = dict[str, Any]  # plain JSON: where a reader stands
 

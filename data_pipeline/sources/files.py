@@ -12,15 +12,15 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data_pipeline.conversations import needed_names
-from data_pipeline.dataset import DatasetConfig, format_of, layout_of
-from data_pipeline.documents import Bad, Document, Place, iso_date, make_document, text_digest
 from data_pipeline.sources.base import Input, State
+from data_pipeline.sources.conversations import needed_names
+from data_pipeline.sources.dataset import DatasetConfig, format_of, layout_of
 from data_pipeline.sources.python_code import decode_source, docstrings
 from data_pipeline.sources.remote import FileRef
 from data_pipeline.sources.rows import bounded, row_document
 from data_pipeline.sources.streams import BrokenStream, TooLong, read_blocks, read_whole, split_rows
 from data_pipeline.sources.warc import WarcRecord, extractor, read_records
+from data_pipeline.text.documents import Bad, Document, Place, iso_date, make_document, text_digest
 from nanollama.data.files import DataError
 from nanollama.data.strict import nearest
 

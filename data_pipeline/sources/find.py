@@ -7,9 +7,9 @@ import glob
 import os
 from pathlib import Path
 
-from data_pipeline.dataset import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, paths_of
+from data_pipeline.engine.variables import expand_variables
+from data_pipeline.sources.dataset import PACKAGE_METADATA, PYTHON_STDLIB, DatasetConfig, paths_of
 from data_pipeline.sources.remote import FileRef, find_urls, is_url
-from data_pipeline.variables import expand_variables
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError, nearest
 

@@ -9,8 +9,8 @@ import importlib.metadata
 import re
 from collections.abc import Iterator
 
-from data_pipeline.documents import Bad, Document, Place, make_document, scalar_meta
 from data_pipeline.sources.base import Input, State
+from data_pipeline.text.documents import Bad, Document, Place, make_document, scalar_meta
 
 
 class PackageSource:

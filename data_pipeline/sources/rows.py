@@ -5,9 +5,9 @@ Owns what a row must have. Knows nothing of the file or hub that the row is from
 
 from typing import Any
 
-from data_pipeline.conversations import read_conversation, text_of
-from data_pipeline.dataset import DatasetConfig, layout_of
-from data_pipeline.documents import Bad, BadText, Document, Place, iso_date, make_document, scalar_meta
+from data_pipeline.sources.conversations import read_conversation, text_of
+from data_pipeline.sources.dataset import DatasetConfig, layout_of
+from data_pipeline.text.documents import Bad, BadText, Document, Place, iso_date, make_document, scalar_meta
 
 
 def row_document(dataset: DatasetConfig, row: dict[str, Any], default_id: str, place: Place) -> Document | Bad:

@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipeline.dataset import DatasetConfig, paths_of
-from data_pipeline.documents import Bad, Document, Place
+from data_pipeline.engine.variables import expand_variables
 from data_pipeline.sources.base import Input, State
+from data_pipeline.sources.dataset import DatasetConfig, paths_of
 from data_pipeline.sources.remote import FileRef
 from data_pipeline.sources.rows import bounded, row_document
-from data_pipeline.variables import expand_variables
+from data_pipeline.text.documents import Bad, Document, Place
 from nanollama.data.files import DataError
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from data_pipeline import cards
+from data_pipeline.curation import cards
 
 
 def splits_table(manifest: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 Owns how such a step is run: its features shard by shard in any process, its decision over all shards, a sidecar per
 shard. Two decisions every corpus may need are made here: ids that come twice, and texts that do. Others are
-CorpusSteps (`corpus_step`), of which this knows only the protocol.
+CorpusSteps (`filters.corpus_step`), of which this knows only the protocol.
 """
 
 import dataclasses
@@ -20,11 +20,7 @@ import polars as pl
 import pyarrow
 import pyarrow.compute
 
-from data_pipeline.corpus_step import DOCUMENTS, CorpusStep, FeatureFile
-from data_pipeline.dataset import DatasetConfig
-from data_pipeline.documents import text_digest
-from data_pipeline.filters.base import Batch
-from data_pipeline.shards import (
+from data_pipeline.curation.shards import (
     ATTRIBUTES,
     Shard,
     Sidecar,
@@ -35,8 +31,12 @@ from data_pipeline.shards import (
     text_facts,
     write_table,
 )
-from data_pipeline.steps import make_step
-from data_pipeline.tasks import Executor
+from data_pipeline.engine.tasks import Executor
+from data_pipeline.filters.base import Batch
+from data_pipeline.filters.corpus_step import DOCUMENTS, CorpusStep, FeatureFile
+from data_pipeline.mixtures.steps import make_step
+from data_pipeline.sources.dataset import DatasetConfig
+from data_pipeline.text.documents import text_digest
 from nanollama.data.files import DataError, canonical_json, sha256_json
 from nanollama.data.strict import to_mapping
 

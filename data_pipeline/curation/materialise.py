@@ -12,11 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline import corpus_format
-from data_pipeline.corpus_format import ShardWriter
-from data_pipeline.documents import text_digest
-from data_pipeline.sampling import NOT_SAMPLED, OVER_CAP
-from data_pipeline.shards import ATTRIBUTES, RAW, Facts, Shard, read_columns, read_slices, write_marker, write_table
+from data_pipeline.curation import corpus_format
+from data_pipeline.curation.corpus_format import ShardWriter
+from data_pipeline.curation.sampling import NOT_SAMPLED, OVER_CAP
+from data_pipeline.curation.shards import (
+    ATTRIBUTES,
+    RAW,
+    Facts,
+    Shard,
+    read_columns,
+    read_slices,
+    write_marker,
+    write_table,
+)
+from data_pipeline.text.documents import text_digest
 from nanollama.data.files import read_json, sha256_json, write_atomic
 
 STAGE_VERSION = 1  # raise it when the same documents would give other bytes

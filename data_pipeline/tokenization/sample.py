@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.corpus_format import read_shard
-from data_pipeline.documents import hash_fraction, language_of, text_digest
+from data_pipeline.curation.corpus_format import read_shard
+from data_pipeline.text.documents import hash_fraction, language_of, text_digest
 
 CHUNK_BYTES = 4_000  # SentencePiece skips longer "sentences"; documents are cut at line ends
 

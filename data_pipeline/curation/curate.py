@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_pipeline.dataset import DatasetConfig
+from data_pipeline.curation.shards import Shard, Sidecar, read_slices, sidecar_table, texts_table, write_table
 from data_pipeline.filters import ExactDuplicateFilter, Filter, filter_key, make_filter
 from data_pipeline.filters.base import Batch
-from data_pipeline.shards import Shard, Sidecar, read_slices, sidecar_table, texts_table, write_table
+from data_pipeline.sources.dataset import DatasetConfig
 from nanollama.data.files import DataError, canonical_json, sha256_json
 
 STAGE_VERSION = 1  # raise it when the same filters would leave other sidecars

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline import cards
-from data_pipeline.corpus_format import read_shard
-from data_pipeline.documents import UNKNOWN_LANGUAGE, hash_fraction, language_of, text_digest
-from data_pipeline.progress import Progress
-from data_pipeline.tokenizer_sample import held_out
+from data_pipeline.curation import cards
+from data_pipeline.curation.corpus_format import read_shard
+from data_pipeline.engine.progress import Progress
+from data_pipeline.text.documents import UNKNOWN_LANGUAGE, hash_fraction, language_of, text_digest
+from data_pipeline.tokenization.sample import held_out
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer
 

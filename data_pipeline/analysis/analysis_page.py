@@ -14,9 +14,9 @@ import jinja2
 from markupsafe import Markup
 
 import nanollama
-from data_pipeline.analysis_facts import Analysis, Lengths
-from data_pipeline.cards import size
-from data_pipeline.estimate import ACCELERATORS, amount
+from data_pipeline.analysis.estimate import ACCELERATORS, amount
+from data_pipeline.analysis.facts import Analysis, Lengths
+from data_pipeline.curation.cards import size
 from nanollama.charts import NARROW, WIDE, Frame, Scale, number, ticks
 
 LISTED = 12  # languages, and reasons of a dataset, shown one by one
@@ -26,7 +26,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 def render(facts: dict[str, Any], analysis: Analysis, formulas: Sequence[tuple[str, str]]) -> str:
     """The page. `facts` is what analysis.json holds."""
-    templates = resources.files("data_pipeline.templates")
+    templates = resources.files("data_pipeline.analysis.templates")
     page, style = ((templates / f"analysis.{end}").read_text("utf-8") for end in ("html", "css"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(size=size, count=lambda value: "?" if value is None else f"{value:,.0f}",

@@ -15,19 +15,27 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import account, cards, corpus_format, whole
-from data_pipeline.account import Counts
-from data_pipeline.config import mixture_mapping
-from data_pipeline.curate import FilterTask, filter_plans, filter_task, judge_shard
-from data_pipeline.dataset import DatasetConfig, format_of
-from data_pipeline.download import ReadResult, ReadTask, read_part, read_so_far, read_task, reads_head, shards_of
-from data_pipeline.materialise import DropsTask, OutputTask, plan_outputs, write_drops, write_output
-from data_pipeline.mixture_schema import MixtureConfig
-from data_pipeline.progress import Progress
-from data_pipeline.shards import Facts, Shard, text_facts
+from data_pipeline.curation import account, cards, corpus_format, whole
+from data_pipeline.curation.account import Counts
+from data_pipeline.curation.curate import FilterTask, filter_plans, filter_task, judge_shard
+from data_pipeline.curation.download import (
+    ReadResult,
+    ReadTask,
+    read_part,
+    read_so_far,
+    read_task,
+    reads_head,
+    shards_of,
+)
+from data_pipeline.curation.materialise import DropsTask, OutputTask, plan_outputs, write_drops, write_output
+from data_pipeline.curation.shards import Facts, Shard, text_facts
+from data_pipeline.engine.progress import Progress
+from data_pipeline.engine.stage import WORK, code_version
+from data_pipeline.engine.tasks import Executor
+from data_pipeline.mixtures.load import mixture_mapping
+from data_pipeline.mixtures.schema import MixtureConfig
 from data_pipeline.sources import Input, Part, open_source
-from data_pipeline.stage import WORK, code_version
-from data_pipeline.tasks import Executor
+from data_pipeline.sources.dataset import DatasetConfig, format_of
 from nanollama.data.files import DataError, sha256_file, sha256_json, write_atomic, write_json
 
 STAGE_VERSION = 2  # raise it when the same inputs would give other bytes

@@ -10,10 +10,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dataset import DatasetConfig, format_of
-from data_pipeline.documents import Bad
-from data_pipeline.shards import RawWriter, Shard, write_marker
+from data_pipeline.curation.shards import RawWriter, Shard, write_marker
 from data_pipeline.sources import Part, State
+from data_pipeline.sources.dataset import DatasetConfig, format_of
+from data_pipeline.text.documents import Bad
 from nanollama.data.files import DataError, sha256_json
 from nanollama.data.strict import to_mapping
 

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_pipeline.corpus_format import read_shard
-from data_pipeline.documents import hash_fraction, text_digest
+from data_pipeline.curation.corpus_format import read_shard
+from data_pipeline.text.documents import hash_fraction, text_digest
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer
 

@@ -18,8 +18,8 @@ import polars as pl
 import pyarrow
 import pyarrow.parquet
 
-from data_pipeline.documents import Bad, Document, text_digest
 from data_pipeline.filters.base import Batch
+from data_pipeline.text.documents import Bad, Document, text_digest
 from nanollama.data.files import DataError, write_json
 
 GROUP_BYTES = 8_000_000  # of text held at once when a shard is written or read

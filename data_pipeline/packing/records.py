@@ -1,7 +1,7 @@
 """Packing, second part: which documents are in which record of which file, and the proof that no token is lost.
 
 Owns the order of records and documents on disk. Decided in one process from lengths alone, streaming: memory is the
-recipe of one file and a few integers per document. Writing and reading back is `pack_files`. Knows nothing of text.
+recipe of one file and a few integers per document. Writing and reading back is `files`. Knows nothing of text.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from data_pipeline.bestfit import plan
-from data_pipeline.pack_files import FileTask, Recipe
-from data_pipeline.pack_tokens import ShardTask
+from data_pipeline.packing.bestfit import plan
+from data_pipeline.packing.files import FileTask, Recipe
+from data_pipeline.packing.tokens import ShardTask
 from nanollama.data.files import DataError, sha256_file
 from nanollama.data.packed import DOCUMENTS_FILE
 

@@ -6,8 +6,8 @@ Owns the frozen dataclasses that a mixture becomes. Knows nothing of YAML, check
 import dataclasses
 from typing import Any
 
-from data_pipeline.dataset import DatasetConfig, available_tokens
-from data_pipeline.steps import make_sampling, make_step
+from data_pipeline.mixtures.steps import make_sampling, make_step
+from data_pipeline.sources.dataset import DatasetConfig, available_tokens
 
 
 @dataclasses.dataclass(frozen=True)

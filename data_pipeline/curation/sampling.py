@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_pipeline.dataset import DatasetConfig
-from data_pipeline.documents import hash_fraction
-from data_pipeline.shards import Shard, Sidecar, sidecar_table, text_facts, write_table
+from data_pipeline.curation.shards import Shard, Sidecar, sidecar_table, text_facts, write_table
+from data_pipeline.sources.dataset import DatasetConfig
+from data_pipeline.text.documents import hash_fraction
 from nanollama.data.files import sha256_json
 
 STAGE_VERSION = 1  # raise it when the same shards would be sampled otherwise

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from data_pipeline.tasks import RETRIES, Executor, Result, Task, attempt, short_name
+from data_pipeline.engine.tasks import RETRIES, Executor, Result, Task, attempt, short_name
 from nanollama.data.files import DataError
 
 ENGINES = ("local", "ray")
@@ -30,7 +30,7 @@ _MEMORY = {"_RJEM_MALLOC_CONF": "dirty_decay_ms:10000,muzzy_decay_ms:10000"}
 def open_executor(engine: str, workers: int, soon: int = 0) -> Executor:
     """The executor called `engine`; `soon`: see LocalExecutor. Errors: DataError when it is not installed."""
     if engine == "ray":
-        from data_pipeline.ray_workers import RayExecutor
+        from data_pipeline.engine.ray_workers import RayExecutor
 
         return RayExecutor(workers)
     return LocalExecutor(workers, soon=soon)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline.documents import BadText
+from data_pipeline.text.documents import BadText
 from nanollama.data.chat_template import render
 
 # {rows: {layout: {field: (its usual name, whether a row must have it)}}}

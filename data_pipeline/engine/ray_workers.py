@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from data_pipeline.tasks import RETRIES, Result, Task, attempt, short_name
+from data_pipeline.engine.tasks import RETRIES, Result, Task, attempt, short_name
 from nanollama.data.files import DataError
 
 AHEAD = 2  # tasks submitted per processor of the cluster: enough that none waits, few enough to hold

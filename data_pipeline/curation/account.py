@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow.compute
 
-from data_pipeline.dataset import DatasetConfig
-from data_pipeline.sampling import SECTION as SAMPLING
-from data_pipeline.shards import Shard, alive_rows, read_columns
+from data_pipeline.curation.sampling import SECTION as SAMPLING
+from data_pipeline.curation.shards import Shard, alive_rows, read_columns
+from data_pipeline.sources.dataset import DatasetConfig
 from nanollama.data.files import DataError
 
 WISHES = ("selection", SAMPLING)  # sections whose drops are a choice and no loss

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
-from data_pipeline.account import WISHES
-from data_pipeline.corpus_format import read_manifest, read_shard
-from data_pipeline.dataset import BYTES_PER_TOKEN
-from data_pipeline.documents import language_of
-from data_pipeline.progress import Progress
+from data_pipeline.curation.account import WISHES
+from data_pipeline.curation.corpus_format import read_manifest, read_shard
+from data_pipeline.engine.progress import Progress
+from data_pipeline.sources.dataset import BYTES_PER_TOKEN
+from data_pipeline.text.documents import language_of
 from nanollama.data.files import DataError, read_json
 from nanollama.data.packed import DOCUMENTS_FILE, MANIFEST_FILE
 

@@ -10,8 +10,13 @@ import os
 import re
 from typing import Any
 
-from data_pipeline.conversations import LAYOUTS
-from data_pipeline.dataset import (
+from data_pipeline.engine.variables import expand_variables
+from data_pipeline.engine.yaml_lines import YamlError, line_of, load_with_lines
+from data_pipeline.filters import make_filter
+from data_pipeline.mixtures.schema import Metadata, MixtureConfig, epochs_of
+from data_pipeline.mixtures.steps import BY_SIZE, SECTIONS, make_sampling, make_step
+from data_pipeline.sources.conversations import LAYOUTS
+from data_pipeline.sources.dataset import (
     PACKAGE_METADATA,
     PYTHON_STDLIB,
     DatasetConfig,
@@ -19,11 +24,6 @@ from data_pipeline.dataset import (
     format_of,
     paths_of,
 )
-from data_pipeline.filters import make_filter
-from data_pipeline.mixture_schema import Metadata, MixtureConfig, epochs_of
-from data_pipeline.steps import BY_SIZE, SECTIONS, make_sampling, make_step
-from data_pipeline.variables import expand_variables
-from data_pipeline.yaml_lines import YamlError, line_of, load_with_lines
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError, from_mapping, nearest, to_mapping
 

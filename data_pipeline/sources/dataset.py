@@ -8,8 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.conversations import LAYOUTS
 from data_pipeline.filters import ExactDuplicateFilter, Filter, make_filter
+from data_pipeline.sources.conversations import LAYOUTS
 
 PYTHON_STDLIB, PACKAGE_METADATA = "python-stdlib", "package-metadata"
 _SUFFIX_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".md": "text",

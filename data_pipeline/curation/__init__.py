@@ -1,0 +1,1 @@
+"""From sources to a corpus: the steps of the corpus command, and the files between them."""

@@ -1,0 +1,1 @@
+"""What all commands run on: processes, stages that do nothing twice, progress, YAML with line numbers."""

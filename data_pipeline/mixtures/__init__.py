@@ -1,0 +1,1 @@
+"""Mixture files: what they may say, read strictly."""

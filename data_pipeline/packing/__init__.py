@@ -1,0 +1,1 @@
+"""From a corpus and a tokenizer to packed records."""

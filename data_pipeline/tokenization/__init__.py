@@ -1,0 +1,1 @@
+"""What a tokenizer is trained on, and what it does to a corpus."""
