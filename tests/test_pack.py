@@ -237,6 +237,32 @@ def test_any_number_of_workers_and_a_second_run(room: Path, packed: Path, capsys
     assert elsewhere["corpus"]["path"] != PackedSet(packed).manifest["corpus"]["path"]
 
 
+def test_a_finished_file_is_not_written_again(room: Path, packed: Path, monkeypatch: Any) -> None:
+    def stopped(task: Any) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.pack.check_records", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pack(room, room / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_files, "ArrayRecordWriter", None)
+        pack(room, room / "stopped")
+    assert files_of(room / "stopped") == files_of(packed)
+
+
+def test_records_are_the_same_in_several_files(room: Path, packed: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pack_records, "FILE_BYTES", 4 * RECORD * 50)  # 50 records
+    manifest = pack(room, tmp_path / "out")
+    verify(tmp_path / "out")
+    train = [row["records"] for row in manifest["files"] if row["split"] == "train"]
+    assert len(train) > 2 and set(train[:-1]) == {50}
+    one, several = PackedSet(packed).split("train"), PackedSet(tmp_path / "out").split("train")
+    assert len(one) == len(several)
+    for number in range(0, len(one), 7):
+        assert np.array_equal(one.record(number).tokens, several.record(number).tokens)
+
+
 def test_a_set_for_each_dataset_holds_what_the_whole_set_holds(room: Path, packed: Path, tmp_path: Path) -> None:
     made = pack_datasets(room / "corpus", room / "tokenizer", tmp_path, record_length=RECORD, validation_fraction=0.1,
                          seed=0)

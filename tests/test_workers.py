@@ -27,10 +27,6 @@ def threads(number: int) -> str:
     return os.environ["POLARS_MAX_THREADS"]
 
 
-def memory(number: int) -> str:
-    return os.environ["_RJEM_MALLOC_CONF"]
-
-
 def fail(number: int) -> int:
     if number == 3:
         raise DataError(f"task {number} is broken")
@@ -113,9 +109,6 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "POLARS_MAX_THREADS" not in os.environ  # this process is left as it was
     monkeypatch.setenv("POLARS_MAX_THREADS", "7")
     assert set(run_tasks(threads, range(4), 2)) == {"7"}
-    monkeypatch.delenv("_RJEM_MALLOC_CONF", raising=False)
-    assert "dirty_decay_ms:10000" in next(run_tasks(memory, range(2), 2))
-    assert "_RJEM_MALLOC_CONF" not in os.environ
 
 
 def test_errors_come_back_as_they_were() -> None:

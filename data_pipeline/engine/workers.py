@@ -22,9 +22,6 @@ from nanollama.data.files import DataError
 
 ENGINES = ("local", "ray")
 _THREADS = ("POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS")
-# Polars gives memory back after half a second and takes it again page by page, a tenth of all processor time. Kept for
-# ten seconds, the filters of 166 MB of text take 271,000 pages in place of 376,000 (kept for good: 142,000).
-_MEMORY = {"_RJEM_MALLOC_CONF": "dirty_decay_ms:10000,muzzy_decay_ms:10000"}
 
 
 def open_executor(engine: str, workers: int, soon: int = 0) -> Executor:
@@ -102,7 +99,7 @@ class LocalExecutor:
     def _start(self) -> _Worker:
         mine, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(theirs,), daemon=True)
-        with _settings(max(1, len(os.sched_getaffinity(0)) // self.workers)):
+        with _threads(max(1, len(os.sched_getaffinity(0)) // self.workers)):
             process.start()
         theirs.close()
         return _Worker(process, mine)
@@ -139,11 +136,9 @@ class LocalExecutor:
 
 
 @contextlib.contextmanager
-def _settings(threads: int) -> Iterator[None]:
-    """Processes started inside share the processors, each library of theirs taking `threads` threads, and keep freed
-    memory for a while; unless they are told otherwise."""
-    wanted = {**dict.fromkeys(_THREADS, str(threads)), **_MEMORY}
-    mine = {name: value for name, value in wanted.items() if name not in os.environ}
+def _threads(count: int) -> Iterator[None]:
+    """Processes started inside share the processors: each library of theirs takes `count` threads unless told."""
+    mine = {name: str(count) for name in _THREADS if name not in os.environ}
     os.environ.update(mine)
     try:
         yield
