@@ -246,7 +246,7 @@ def test_a_finished_file_is_not_written_again(room: Path, packed: Path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             pack(room, room / "stopped")
     with monkeypatch.context() as patch:
-        patch.setattr(pack_files, "ArrayRecordWriter", None)
+        patch.setattr(packed_files, "ArrayRecordWriter", None)
         pack(room, room / "stopped")
     assert files_of(room / "stopped") == files_of(packed)
 
