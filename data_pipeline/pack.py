@@ -31,6 +31,7 @@ from data_pipeline.engine.stage import (
 )
 from data_pipeline.engine.tasks import Executor
 from data_pipeline.engine.workers import LocalExecutor
+from data_pipeline.mixtures.load import RATIO_SLACK
 from data_pipeline.packing import pack_card
 from data_pipeline.packing.files import FileTask, check_records, check_tasks, write_file
 from data_pipeline.packing.records import (
@@ -85,6 +86,8 @@ def build_packed(corpus: str | os.PathLike[str],
     `validation_fraction` and `seed` default to the mixture's `validation`. `dataset`: only this one of the
     corpus's datasets; sets of one dataset each are what the trainer can weigh. Errors: DataError.
     """
+    if workers < 1:
+        raise DataError(f"--workers={workers}: give 1 or more.")
     corpus_manifest, corpus_sha256 = read_manifest(corpus)
     if dataset is not None:
         corpus_manifest = _only(corpus_manifest, dataset, corpus)
@@ -283,6 +286,8 @@ def _print_sets(output: str, manifests: dict[str, dict[str, Any]]) -> None:
         ["packed set", "documents", "tokens", "records", "weight"],
         [[name, *(f"{manifest['splits']['train'][key]:,}" for key in ("documents", "tokens", "records")),
           f"{manifest['weights'][name]:.2%}"] for name, manifest in manifests.items()]))
+    if (missing := 1 - sum(manifest["weights"][name] for name, manifest in manifests.items())) > RATIO_SLACK:
+        print(f"\n{missing:.2%} of the mixture is datasets that kept nothing; the others share it in their proportion.")
     print("\nconfig.data.sets = [")
     for name, manifest in manifests.items():
         print(f"  {{'path': '{Path(output) / name}', 'weight': {manifest['weights'][name]:.6g}}},")

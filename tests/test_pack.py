@@ -324,6 +324,7 @@ def test_other_inputs_make_another_set_and_damage_is_named(room: Path, packed: P
 def test_settings_that_cannot_work(room: Path, tmp_path: Path) -> None:
     for changes, words in [({"record_length": 4}, "8 to 65536"),
                            ({"validation_fraction": 1.5}, r"in \[0, 1\)"),
+                           ({"workers": 0}, "--workers=0: give 1 or more"),
                            ({"validation_fraction": 0.99999999}, "all .* fall into the validation split")]:
         with pytest.raises(DataError, match=words):
             pack(room, tmp_path / "out", **changes)
