@@ -32,7 +32,8 @@ class ComputeConfig:
     # what the backward pass computes again per layer: nothing; all but matrix products; all but attention's output
     # and logsumexp (least memory that never runs attention's forward twice); everything
     remat: Literal["none", "dots", "names", "full"] = "none"
-    scan_unroll: int = 0  # layers per scan iteration; 0 = all (fastest on CPU and GPU, slower to compile)
+    # layers per scan iteration; 0: all (fastest on CPU and GPU, slower to compile), with remat one
+    scan_unroll: int = 0
     # who computes attention (`ops.attention`); "auto" takes the fastest that can, a name refuses what it cannot do
     attention: Literal[
         "auto", "xla_chunked", "pallas", "mosaic", "cudnn", "splash", "reference", "pallas_interpret",

@@ -175,12 +175,11 @@ class Decoder(nn.Module):
             (x_BTD, _), state = block.apply({"params": params}, x_BTD, None, number, context, mutable=[ROUTERS])
             return x_BTD, state.get(ROUTERS, {})
 
-        remat = _remat(self.compute)
+        remat, unroll = _remat(self.compute), _unroll(self.compute, layers // count)
         if remat is not None:
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=remat)
+            layer = jax.checkpoint(layer, prevent_cse=unroll > 1, policy=remat)
 
         def stage(weights: Any, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Any]:
-            unroll = min(self.compute.scan_unroll or layers, layers // count)
             return jax.lax.scan(lambda x, w: layer(x, w, context), x_BTD, weights, unroll=unroll)
 
         pieces = context.mask.pieces
@@ -304,20 +303,30 @@ def _remat(compute: ComputeConfig) -> Any:
     }[compute.remat]
 
 
+def _unroll(compute: ComputeConfig, layers: int) -> int:
+    """Layers in one iteration of the scan.
+
+    With remat one, unless another number is asked for: in a loop no compiler can find that the backward pass computes
+    what the forward pass did, and keep it after all. XLA:CPU does so across unrolled layers, whatever barriers say.
+    """
+    usual = layers if compute.remat == "none" else 1
+    return min(compute.scan_unroll or usual, layers)
+
+
 def _scanned(model: ModelConfig, compute: ComputeConfig, lora: LoraConfig | None, stack: Stack) -> Any:
     """`Block`, rematerialised as asked, scanned over the layers of a stack with stacked parameters."""
     block: Any = Block
-    remat = _remat(compute)
-    if remat is not None:
-        block = nn.remat(Block, prevent_cse=False, policy=remat)
     length = stack.high - stack.low
+    remat, unroll = _remat(compute), _unroll(compute, length)
+    if remat is not None:
+        block = nn.remat(Block, prevent_cse=unroll > 1, policy=remat)
     scanned = nn.scan(
         block,
         variable_axes={"params": 0, ROUTERS: 0},
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast),
         length=length,
-        unroll=min(compute.scan_unroll or length, length),
+        unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(model=model, compute=compute, experts=stack.experts, lora=lora, name=stack.name)
