@@ -251,12 +251,14 @@ def test_a_finished_file_is_not_written_again(room: Path, packed: Path, monkeypa
     assert files_of(room / "stopped") == files_of(packed)
 
 
-def test_records_are_the_same_in_several_files(room: Path, packed: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(pack_records, "FILE_BYTES", 4 * RECORD * 50)  # 50 records
+@pytest.mark.parametrize(("most", "count"), [(4 * RECORD * 50, None), (1 << 40, pack_records.FILES)])
+def test_records_are_the_same_in_several_files(room: Path, packed: Path, tmp_path: Path, monkeypatch: Any, most: int,
+                                               count: int | None) -> None:
+    monkeypatch.setattr(pack_records, "FILE_BYTES", (0, most))
     manifest = pack(room, tmp_path / "out")
     verify(tmp_path / "out")
     train = [row["records"] for row in manifest["files"] if row["split"] == "train"]
-    assert len(train) > 2 and set(train[:-1]) == {50}
+    assert count <= len(train) <= count + 1 if count else len(train) > 2 and set(train[:-1]) == {50}
     one, several = PackedSet(packed).split("train"), PackedSet(tmp_path / "out").split("train")
     assert len(one) == len(several)
     for number in range(0, len(one), 7):

@@ -24,7 +24,9 @@ SPLITS = ("train", "validation")
 WINDOW_DOCUMENTS = 10_000
 LANES = 128
 WINDOW_RECORDS = 2_000  # a window also holds this much text: its last record is the one with room left over
-FILE_BYTES = 256_000_000  # of tokens in one file, before compression
+# Of tokens in one file, before compression: a split is cut into FILES of them, which are written side by side, unless
+# they would be smaller or larger than this.
+FILES, FILE_BYTES = 8, (32_000_000, 256_000_000)
 
 
 @dataclasses.dataclass
@@ -112,7 +114,7 @@ def plan_split(split: str, documents: Documents, tasks: list[ShardTask], dtype: 
     """
     chosen = interleaved(documents.first)
     chosen = chosen[documents.validation[chosen] == (split == "validation")]
-    per_file = max(1, FILE_BYTES // (4 * record_length))
+    per_file = _records_per_file(int(documents.tokens[chosen].sum(dtype=np.int64)), record_length)
     paths = tuple(str(task.tokens_path) for task in tasks)
     files: list[FileTask] = []
     waiting: list[Recipe] = []
@@ -135,6 +137,11 @@ def plan_split(split: str, documents: Documents, tasks: list[ShardTask], dtype: 
     if waiting and (rest := Recipe.joined(waiting)).records:
         emit(rest)
     return files
+
+
+def _records_per_file(tokens: int, record_length: int) -> int:
+    least, most = FILE_BYTES
+    return max(1, min(max(4 * tokens // FILES, least), most) // (4 * record_length))
 
 
 def _window(split: str, members: np.ndarray, documents: Documents, record_length: int, before: int) -> Recipe:
