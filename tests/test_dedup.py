@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import random
+import sysconfig
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -118,8 +119,13 @@ def test_minhash_is_brute_force(seed):
 
 
 def test_minhash_is_brute_force_on_real_texts():
-    """Licences and notices of the installed packages: many are copies with another name or year."""
-    paths = sorted({path for one in importlib.metadata.distributions() for path in one.files or ()
+    """Licences and notices of the installed packages: many are copies with another name or year.
+
+    Which ones there are depends on the machine, so a pair may be among them that no band proposes: 2.6 % of those of
+    likeness 0.82, 0.01 % of those of 0.9.
+    """
+    installed = importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])  # imports add other folders
+    paths = sorted({path for one in installed for path in one.files or ()
                     if ".dist-info" in str(path) and "licen" in str(path).lower()}, key=str)[:120]
     texts = {str(path): path.locate().read_text(encoding="utf-8", errors="ignore") for path in paths}
     docs = [Doc(name, " ".join(slow_words(text)), number % 7) for number, (name, text) in enumerate(texts.items())
@@ -132,7 +138,9 @@ def test_minhash_is_brute_force_on_real_texts():
     found = of(run_step(MinHashDeduplication(), [docs[:20], docs[20:]]), "duplicate_of")
     place = {doc.id: row for row, doc in enumerate(docs)}
     assert all(likeness(place[young], place[old]) >= 0.8 and old not in found for young, old in found.items())
-    assert len(set(truth) - set(found)) <= 0.005 * len(docs)
+    missed = set(truth) - set(found)
+    assert len(missed) <= 0.02 * len(docs)
+    assert all(likeness(place[young], place[truth[young]]) < 0.9 for young in missed)
 
 
 def chain():
