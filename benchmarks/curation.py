@@ -27,8 +27,8 @@ os.environ["POLARS_MAX_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pyarrow.parquet as pq
-from machine import machine
 
+from benchmarks.machine import machine
 from data_pipeline.decontaminate.evaluation_sets import Item
 from data_pipeline.decontaminate.index import Index
 from data_pipeline.decontaminate.step import Decontamination

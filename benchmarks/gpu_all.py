@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu_verdicts
 from benchmarks.machine import RESULTS, versions
+from nanollama.data.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,12 +170,8 @@ def has_torch(python: Path) -> bool:
 def save(path: Path, about: dict[str, Any], done: dict[str, Any]) -> None:
     """Under its final name only when whole."""
     what = "all GPU benchmarks of one card; figures as each program writes them"
-    path.parent.mkdir(parents=True, exist_ok=True)
     found = {"goals": gpu_verdicts.goals(done), "verdicts": gpu_verdicts.verdicts(done)}
-    text = json.dumps({"what": what, **about, **found, "parts": done}, indent=1)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n")
-    part.replace(path)
+    write_atomic(path, json.dumps({"what": what, **about, **found, "parts": done}, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

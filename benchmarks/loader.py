@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import numpy as np
 import sentencepiece
-from machine import machine
 from packed_sets import make_packed_set
 
+from benchmarks.machine import machine
 from nanollama.config import DataConfig, PackedSetConfig
 from nanollama.data.loader import HostBatch, Loader, read_rows, row_order
 from nanollama.data.mixture import Mixture, open_mixture

@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from nanollama.data.files import write_atomic
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -39,10 +41,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def write(path: Path, what: str, figures: dict[str, Any], *packages: str) -> None:
     """JSON with versions and machine, under its final name only when whole; says so where it is to be kept."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"what": what, "machine": machine(), "device": accelerator(), "versions": versions(*packages)}
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({**parts, **figures}, indent=1) + "\n")
-    part.replace(path)
+    write_atomic(path, json.dumps({**parts, **figures}, indent=1) + "\n")
     if path.parent == RESULTS:
         print(f"written to {path.name}")
