@@ -1,6 +1,6 @@
 """`python -m data_pipeline.analyze --corpus=DIR --output=DIR`: what a corpus is made of, as CSV, JSON and a page.
 
-Owns the command and the files it writes. What is measured is in `analysis_facts`, the estimate of time, money and
+Owns the command and the files it writes. What is measured is in `analysis.facts`, the estimate of time, money and
 carbon in `estimate`, the page in `analysis_page`.
 """
 

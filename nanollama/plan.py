@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from nanollama import config as configs
+from nanollama.charts import amount
 from nanollama.config import Config, ConfigError
 from nanollama.data.files import DataError, write_json
 from nanollama.data.strict import FieldError
@@ -74,8 +75,9 @@ def plan(config: Config, target: Target, *, compile_it: str = "auto", price: flo
     """(figures, report). Errors: ConfigError where the config cannot run on so many devices at all."""
     room = target.device.memory
     fitted = not config.batch.micro_batches
-    kernel = target.device.platform != "cpu"
-    config = knobs.with_micro_batches(config, mesh_sizes(config.mesh, target.count), room, kernel=kernel)
+    if fitted:
+        sizes, kernel = mesh_sizes(config.mesh, target.count), target.device.platform != "cpu"
+        config = knobs.with_micro_batches(config, knobs.fewest_micro_batches(config, sizes, room, kernel=kernel))
     option = knobs.evaluate(config, target)
     options = knobs.fitting(config, target, room)
     refused = _rows_refused(config, option.sizes)
@@ -112,12 +114,12 @@ class Verdict:
 
 def _rows_refused(config: Config, sizes: dict[str, int]) -> ConfigError | None:
     """What the train step would say where the rows do not divide over the devices."""
-    shards = roofline.batch_shards(sizes) * config.batch.micro_batches
+    shards = memory.batch_shards(sizes) * config.batch.micro_batches
     if config.determinism != "elastic" and config.batch.global_rows % shards:
         return ConfigError(
             "config.batch.global_rows",
             f"{config.batch.global_rows} is not divisible by micro_batches={config.batch.micro_batches} x "
-            f"{roofline.batch_shards(sizes)} devices with rows of their own",
+            f"{memory.batch_shards(sizes)} devices with rows of their own",
             f"Use a multiple of {shards}, or fewer micro-batches.",
         )
     return None
@@ -246,7 +248,7 @@ def _time_lines(v: Verdict) -> list[str]:
         f"step       {time.total:.3g} s at best, limited by {time.limit} ({shown})",
         f"run        {v.config.steps:,} steps: {cost.tokens_per_second:,.0f} tokens/s, "
         f"{cost.tokens_per_second * 86400 / 1e9:,.4g} billion a day, MFU {cost.mfu:.0%}, {_duration(cost.days)}",
-        f"cost       ${cost.dollars:,.2f}, {_rounded(cost.kilowatt_hours)} kWh, {_rounded(cost.carbon)} kg CO2 "
+        f"cost       ${cost.dollars:,.2f}, {amount(cost.kilowatt_hours)} kWh, {amount(cost.carbon)} kg CO2 "
         f"({device.watts:g} W a device x {targets.OVERHEAD} for hosts and cooling)",
         f"           {MFU_CONVENTION}",
     ]
@@ -256,13 +258,8 @@ def _duration(days: float) -> str:
     """In the unit that suits it."""
     for unit, length in (("days", 1), ("hours", 24), ("minutes", 24 * 60)):
         if days * length >= 1:
-            return f"{_rounded(days * length)} {unit}"
-    return f"{_rounded(days * 86400)} seconds"
-
-
-def _rounded(value: float) -> str:
-    """Three digits or more, and no exponents from a hundredth on."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+            return f"{amount(days * length)} {unit}"
+    return f"{amount(days * 86400)} seconds"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ A step's figures are read while the next step runs, so the device never waits fo
 
 import argparse
 import contextlib
-import dataclasses
 import math
 import signal
 import sys
@@ -31,6 +30,7 @@ from nanollama.parallel import backend, distributed
 from nanollama.parallel.mesh import make_mesh, one_device, process_block
 from nanollama.parallel.team import Team, TeamError
 from nanollama.planning import here
+from nanollama.planning.knobs import with_micro_batches
 from nanollama.training import elastic, initial
 from nanollama.training import step as same_mesh
 from nanollama.training.checkpoint import Checkpoints
@@ -162,12 +162,11 @@ def fitted(config: Config, workdir: Path, mesh: Mesh, team: Team) -> Config:
     """`config` with as many micro-batches as the devices' memory asks for, where it leaves that open; all agree."""
     if config.batch.micro_batches:
         return config
-    config = here.with_micro_batches(config, workdir, mesh.size)
-    most = max(team.exchange(config.batch.micro_batches))
-    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_batches=most))
+    mine = run_folder.micro_batches_before(workdir, config) or here.fewest_micro_batches(config, mesh.size)
+    most = max(team.exchange(mine))
     if team.first:
         print(f"micro-batches: {most}, the fewest that fit the devices' memory (batch.micro_batches=0)", flush=True)
-    return config
+    return with_micro_batches(config, most)
 
 
 def _quiet(*_: object, **__: object) -> None:

@@ -18,7 +18,8 @@ from packed_sets import make_packed_set, make_tokenizer
 from nanollama import train as front_door
 from nanollama.config import Config, MeshConfig, resolve
 from nanollama.data.files import DataError, Lock
-from nanollama.parallel.mesh import mesh_sizes
+from nanollama.parallel.mesh import make_mesh, mesh_sizes
+from nanollama.parallel.team import Team
 from nanollama.planning import here, knobs, memory
 from nanollama.training.checkpoint import restore_params, tree_hash
 from nanollama.training.metrics import read_metrics
@@ -68,8 +69,13 @@ def test_micro_batches_fit_the_memory_and_stay_when_the_run_goes_on(data, tmp_pa
     assert "micro-batches: 2, the fewest that fit" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/config.json").read_text())["batch"]["micro_batches"] == 2
     monkeypatch.setattr(here, "device_memory", lambda count: 10 * knobs.MARGIN * needed)
-    assert here.with_micro_batches(resolve(fields), tmp_path / "run", 1).batch.micro_batches == 2, "it rounds as before"
-    assert here.with_micro_batches(resolve(fields), tmp_path / "other", 1).batch.micro_batches == 1
+
+    def chosen(folder: str) -> int:
+        fitted = front_door.fitted(resolve(fields), tmp_path / folder, make_mesh(MeshConfig()), Team())
+        return fitted.batch.micro_batches
+
+    assert chosen("run") == 2, "it rounds as before"
+    assert chosen("other") == 1
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The analysis of a corpus as one HTML page that needs nothing else: no script, nothing fetched.
 
-Owns the drawings and the wording. Numbers come from `analysis_facts` and are never changed here; every text from a
+Owns the drawings and the wording. Numbers come from `facts` and are never changed here; every text from a
 corpus is escaped.
 """
 
@@ -14,10 +14,10 @@ import jinja2
 from markupsafe import Markup
 
 import nanollama
-from data_pipeline.analysis.estimate import ACCELERATORS, amount
+from data_pipeline.analysis.estimate import ACCELERATORS
 from data_pipeline.analysis.facts import Analysis, Lengths
 from data_pipeline.curation.cards import size
-from nanollama.charts import NARROW, WIDE, Frame, Scale, number, ticks
+from nanollama.charts import NARROW, WIDE, Frame, Scale, amount, number, ticks
 
 LISTED = 12  # languages, and reasons of a dataset, shown one by one
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from nanollama.charts import amount
 from nanollama.data.files import DataError
 from nanollama.data.strict import nearest
 
@@ -103,11 +104,6 @@ def estimate(inputs: Inputs) -> Estimate:
     return Estimate(flops_per_token, flops, seconds, hours, inputs.tokens / seconds, kwh,
                     None if inputs.price is None else hours * inputs.price,
                     None if kwh is None else kwh * inputs.carbon_intensity)
-
-
-def amount(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def formulas(inputs: Inputs) -> list[tuple[str, str]]:

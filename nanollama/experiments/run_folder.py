@@ -63,6 +63,16 @@ def check_resume(workdir: str | Path, config: Config) -> list[Change]:
     return changes
 
 
+def micro_batches_before(workdir: Path, config: Config) -> int | None:
+    """Those of the run that goes on in `workdir`, on these devices with as many rows: others would round otherwise."""
+    said, made_on = workdir / "config.json", workdir / "environment.json"
+    if not (_has_checkpoints(workdir) and said.is_file() and made_on.is_file()):
+        return None
+    before, devices = read_json(said)["batch"], read_json(made_on)["devices"]
+    same = before["global_rows"] == config.batch.global_rows and devices == environments.environment()["devices"]
+    return before["micro_batches"] if same else None
+
+
 def prepare(workdir: str | Path, config: Config, *, step: int = 0, given: str = "",
             parent: dict[str, Any] | None = None) -> dict[str, Any]:
     """Check that `config` may go on here, then describe the run in its folder; call it at every start.

@@ -4,16 +4,12 @@ Knows how much memory there is. Cuts the batch to it where the config leaves tha
 fit, and warns of what may not.
 """
 
-import dataclasses
 import os
 import re
-from pathlib import Path
 
 import jax
 
-from nanollama.config import BatchConfig, Config, ConfigError
-from nanollama.data.files import read_json
-from nanollama.experiments import environment as environments
+from nanollama.config import Config, ConfigError
 from nanollama.experiments.environment import memory_limit, processor_name, usable_cores
 from nanollama.parallel.mesh import AXES, mesh_sizes
 from nanollama.planning import knobs
@@ -47,27 +43,10 @@ def _named_devices(config: Config) -> int:
     return count
 
 
-def with_micro_batches(config: Config, workdir: Path, count: int) -> Config:
-    """`config` with a number of micro-batches, also where it says 0: the fewest that fit each of `count` devices.
-
-    A run that goes on in `workdir` on the same devices keeps its own: another number rounds otherwise.
-    """
-    if config.batch.micro_batches:
-        return config
-    before = _batch_before(workdir)
-    if before is not None and before.global_rows == config.batch.global_rows:
-        return dataclasses.replace(config, batch=before)
+def fewest_micro_batches(config: Config, count: int) -> int:
+    """As few as fit each of `count` devices here."""
     sizes, on_cpu = mesh_sizes(config.mesh, count), jax.default_backend() == "cpu"
-    return knobs.with_micro_batches(config, sizes, device_memory(count), kernel=not on_cpu)
-
-
-def _batch_before(workdir: Path) -> BatchConfig | None:
-    """How the run that saved something in `workdir` cut its batch, if that was on these devices."""
-    said, made_on = workdir / "config.json", workdir / "environment.json"
-    if not ((workdir / "checkpoints").is_dir() and said.is_file() and made_on.is_file()):
-        return None
-    same = read_json(made_on)["devices"] == environments.environment()["devices"]
-    return BatchConfig(**read_json(said)["batch"]) if same else None
+    return knobs.fewest_micro_batches(config, sizes, device_memory(count), kernel=not on_cpu)
 
 
 def check_memory(config: Config, count: int) -> str:

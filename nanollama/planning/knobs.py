@@ -9,8 +9,8 @@ from typing import Literal
 
 from nanollama.config import Config, ConfigError, MeshConfig
 from nanollama.parallel.mesh import AXES, mesh_sizes
-from nanollama.planning.memory import Memory, Sizes, estimate
-from nanollama.planning.roofline import StepTime, batch_shards, step_time
+from nanollama.planning.memory import Memory, Sizes, batch_shards, estimate
+from nanollama.planning.roofline import StepTime, step_time
 from nanollama.planning.targets import Target
 
 Remat = Literal["none", "dots", "names", "full"]
@@ -72,17 +72,21 @@ def micro_batches(config: Config, sizes: Sizes) -> list[int]:
     return [count for count in range(1, rows + 1) if config.batch.global_rows % (count * batch_shards(sizes)) == 0]
 
 
-def with_micro_batches(config: Config, sizes: Sizes, room: float | None, *, kernel: bool) -> Config:
-    """`config` with as few micro-batches as fit `room` bytes a device, where it leaves their number open (0).
+def fewest_micro_batches(config: Config, sizes: Sizes, room: float | None, *, kernel: bool) -> int:
+    """As few as fit `room` bytes a device; where none fits, the most that the rows allow.
 
-    Where none fits, the most that the rows allow; one where `room` is not known. kernel: as `memory.estimate`.
+    room: None where it is not known: one. kernel: as `memory.estimate`.
     """
-    changed = config
-    for count in [] if config.batch.micro_batches else micro_batches(config, sizes) or [1]:
-        changed = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_batches=count))
-        if room is None or MARGIN * estimate(changed, sizes, kernel=kernel).total <= room:
-            break
-    return changed
+    counts = micro_batches(config, sizes) or [1]
+    for count in counts:
+        if room is None or MARGIN * estimate(with_micro_batches(config, count), sizes, kernel=kernel).total <= room:
+            return count
+    return counts[-1]
+
+
+def with_micro_batches(config: Config, count: int) -> Config:
+    """`config` with its batch cut into `count`."""
+    return dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_batches=count))
 
 
 def _first(config: Config, target: Target, mesh: MeshConfig, remat: Remat, room: float) -> Option | None:
@@ -90,9 +94,8 @@ def _first(config: Config, target: Target, mesh: MeshConfig, remat: Remat, room:
         counts = micro_batches(config, mesh_sizes(mesh, target.count))
         for count in counts:
             changed = dataclasses.replace(
-                config,
+                with_micro_batches(config, count),
                 mesh=mesh,
-                batch=dataclasses.replace(config.batch, micro_batches=count),
                 compute=dataclasses.replace(config.compute, remat=remat),
             )
             option = evaluate(changed, target)

@@ -80,8 +80,12 @@ def estimate(config: Config, sizes: Sizes, *, kernel: bool = True) -> Memory:
 
 def rows_on_device(config: Config, sizes: Sizes) -> int:
     """Rows that a device computes at one time."""
-    cut = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
-    return max(config.batch.global_rows // (config.batch.micro_batches * cut), 1)
+    return max(config.batch.global_rows // (config.batch.micro_batches * batch_shards(sizes)), 1)
+
+
+def batch_shards(sizes: Sizes) -> int:
+    """Devices that have rows of their own."""
+    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
 
 
 def state_bytes(config: Config, sizes: Sizes) -> tuple[int, int]:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from nanollama.config import Config
 from nanollama.models.accounting import flops_per_token
-from nanollama.parallel.mesh import BATCH_AXES
 from nanollama.planning.memory import Memory, Sizes, rows_on_device
 from nanollama.planning.targets import CARBON, OVERHEAD, Target
 
@@ -114,8 +113,3 @@ def bill(config: Config, target: Target, seconds: float, *, price: float | None 
         kilowatt_hours=power,
         carbon=power * carbon,
     )
-
-
-def batch_shards(sizes: Sizes) -> int:
-    """Devices that have rows of their own."""
-    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
