@@ -336,15 +336,26 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._outside, keys.encode())
 
-    def wait_for(self, text: str) -> str:
-        """What was shown before `text`, which is passed."""
+    def wait_for(self, text: str, every: float = 120, again: Callable[[], object] | None = None) -> str:
+        """What was shown before `text`, which is passed; `again` is called after each silence of `every` s."""
         end = time.monotonic() + 120
         while text not in self._seen:
-            ready, _, _ = select.select([self._outside], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"waiting for {text!r}, shown: {self._seen!r}"
-            self._seen += os.read(self._outside, 4096).decode(errors="replace")
+            if select.select([self._outside], [], [], every)[0]:
+                self._seen += os.read(self._outside, 4096).decode(errors="replace")
+            else:
+                assert again and time.monotonic() < end, f"waiting for {text!r}, shown: {self._seen!r}"
+                again()
         before, _, self._seen = self._seen.partition(text)
         return before
+
+    def interrupt_until(self, text: str) -> None:
+        """Ctrl-C, pressed again as a person would: `input` may not see one between its prompt and its first wait."""
+        self.interrupt()
+        self.wait_for(text, every=5, again=self.interrupt)
+
+    def interrupt(self) -> None:
+        """One Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
 
     def wait_for_more(self, characters: int) -> None:
         """Until that many characters more are shown."""
@@ -365,12 +376,11 @@ def test_a_terminal_with_ctrl_c_and_ctrl_d(tmp_path: Path) -> None:
     try:
         terminal.wait_for("step 10: a base model")
         terminal.wait_for("> ")
-        terminal.process.send_signal(signal.SIGINT)
-        terminal.wait_for("(Ctrl-D or /quit leaves)")
+        terminal.interrupt_until("(Ctrl-D or /quit leaves)")
         terminal.type("the loader\n")
         terminal.wait_for("the loader\r\n")
         terminal.wait_for_more(40)  # the model is at it
-        terminal.process.send_signal(signal.SIGINT)
+        terminal.interrupt()
         terminal.wait_for("[stopped]")
         terminal.type("/settings\n")
         terminal.wait_for("/max 1000000")
