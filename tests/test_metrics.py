@@ -131,13 +131,6 @@ def test_console_lines_say_what_a_person_needs(tmp_path):
     assert [step for step in range(25) if log.due(step)] == [0, 1, 10, 20] and log.due(1000)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0.44, "0.4 s"), (9.96, "10 s"), (59.4, "59 s"), (59.7, "1 min 0 s"),
-    (200, "3 min 20 s"), (3600, "1 h 0 min"), (90_000, "1 d 1 h"), (math.inf, "unknown")])
-def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
-
-
 class Clock:
     now = 100.0
 

@@ -5,7 +5,7 @@ they live. Changing the layout of a run is one line of its config (`config.mesh`
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -118,6 +118,11 @@ def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Na
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
+def batch_shards(sizes: Mapping[str, int]) -> int:
+    """Devices with rows of their own; `sizes`: devices along each axis, of those left out one."""
+    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over BATCH_AXES, positions whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
@@ -128,7 +133,7 @@ def process_block(mesh: Mesh) -> tuple[int, int]:
 
     Errors: ConfigError when its devices do not hold one such block.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(mesh.shape)
     slices = batch_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
     rows = {row for where in slices if where is not None for row in range(*where[0].indices(shards))}
     low, count = min(rows), len(rows)
