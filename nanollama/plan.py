@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from nanollama import config as configs
+from nanollama import config_files
 from nanollama.config import Config, ConfigError
 from nanollama.data.files import DataError, write_json
 from nanollama.data.strict import FieldError
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             value = getattr(options, name)
             if value is not None and not 0 <= value < math.inf:
                 raise FieldError(f"--{name}", f"{value:g}", "Give 0 or more.")
-        config = configs.load(options.config, configs.overrides(rest))
+        config = config_files.load(options.config, config_files.overrides(rest))
         target = here.this_machine(config) if options.target == "cpu" else targets.parse(options.target)
         if options.shardings:
             print(shardings.table(config, mesh_sizes(config.mesh, target.count)))

@@ -12,9 +12,8 @@ import jax
 import pytest
 from tiny import MODEL, Training, tiny_config
 
-from nanollama import config as configs
-from nanollama import plan
-from nanollama.config import ComputeConfig, ConfigError, MeshConfig
+from nanollama import config_files, plan
+from nanollama.config import ComputeConfig, ConfigError, MeshConfig, check
 from nanollama.data.strict import FieldError
 from nanollama.parallel.mesh import make_mesh, mesh_sizes
 from nanollama.planning import aot, here, knobs, memory, targets
@@ -73,7 +72,7 @@ def test_remat_dots_keeps_products_whose_gradients_are_our_own(fp8):
 
 @pytest.mark.parametrize(("spec", "target", "changes", "arguments", "temporaries"), COMPILED)
 def test_formula_is_near_what_compilers_said(spec, target, changes, arguments, temporaries):
-    config = configs.load(str(ROOT / spec), [f"{name}={value}" for name, value in changes.items()])
+    config = config_files.load(str(ROOT / spec), [f"{name}={value}" for name, value in changes.items()])
     found = knobs.evaluate(config, targets.parse(target)).memory
     assert found.arguments / GIB == pytest.approx(arguments, rel=0.01)
     assert found.total / GIB == pytest.approx(arguments + temporaries, rel=0.15)
@@ -140,14 +139,14 @@ def test_micro_batches_are_as_few_as_fit_the_target(capsys, spec, target, count)
     assert figures["micro_batches"] == count and knobs.MARGIN * figures["formula"]["total"] <= room
     assert "as few as fit" in text[2]
     if count > 1:
-        config = configs.load(str(ROOT / spec), [f"batch.micro_batches={count // 2}"])
+        config = config_files.load(str(ROOT / spec), [f"batch.micro_batches={count // 2}"])
         assert knobs.MARGIN * knobs.evaluate(config, targets.parse(target)).memory.total > room
 
 
 @pytest.mark.parametrize("changes", [{"determinism": "elastic"}, {"mesh": MeshConfig(stage=2)}])
 def test_micro_batches_that_are_part_of_what_is_computed_are_never_chosen(changes):
     with pytest.raises(ConfigError, match=r"config\.batch\.micro_batches: 0 \(as few as fit\).* Give a number"):
-        configs.check(tiny_config(rows=16, micro_batches=0, **changes))
+        check(tiny_config(rows=16, micro_batches=0, **changes))
 
 
 def test_rows_that_do_not_divide_are_planned_with_settings_that_do(capsys):
