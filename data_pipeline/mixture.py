@@ -34,6 +34,7 @@ from data_pipeline.text.documents import Bad, Document, text_digest
 from nanollama.data.files import DataError, sha256_json, write_json
 from nanollama.data.strict import to_mapping
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 from nanollama.quantities import si
 
 SCHEMA_VERSION = 1
@@ -243,7 +244,7 @@ def _main() -> None:
     if arguments.action == "plan":
         print(describe(result))
     else:
-        tokenizer = Tokenizer.load(arguments.tokenizer) if arguments.tokenizer else None
+        tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
         with Progress("count") as progress:
             counts = count_rows(load_mixture(arguments.mixture), most=arguments.rows, tokenizer=tokenizer,
                                 progress=progress)

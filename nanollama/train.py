@@ -21,7 +21,7 @@ from nanollama.config import Config, ConfigError, as_dict
 from nanollama.data.files import DataError, Lock, read_json
 from nanollama.data.loader import Loader
 from nanollama.data.mixture import open_mixture
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer, load_tokenizer
 from nanollama.experiments import run_folder
 from nanollama.models.accounting import count_parameters, flops_per_token
 from nanollama.models.decoder import Decoder
@@ -88,7 +88,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         if done:
             say(f"{workdir}: done at step {start}")
             return True
-        tokenizer = Tokenizer.load(workdir / "tokenizer")
+        tokenizer = load_tokenizer(workdir / "tokenizer")
 
         # 1. The state: from the newest good checkpoint, from another run's, or born sharded.
         source_tokens = np.zeros(len(loader.sources), np.int64)

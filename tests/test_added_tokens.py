@@ -15,7 +15,8 @@ from test_initial import MODEL, OLD, random_run
 from nanollama.config import ConfigError
 from nanollama.data.added_tokens import CHAT_TOKENS, add_tokens
 from nanollama.data.files import DataError
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
+from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer
 from nanollama.export.add_tokens import extend
 from nanollama.export.add_tokens import main as command
 from nanollama.export.tokenizer_json import tokenizer_json

@@ -15,7 +15,8 @@ import sentencepiece
 from nanollama.chat import Conversation
 from nanollama.data.chat_template import render
 from nanollama.data.files import DataError
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
+from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer, load_tokenizer
 from nanollama.generation.engine import Delta
 from nanollama.generation.sampling import SamplingConfig
 
@@ -71,7 +72,7 @@ def test_changed_or_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "one" / "tokenizer.json"
     path.write_text(path.read_text().replace("<|begin|>", "<|Begin|>"))
     with pytest.raises(DataError, match="changed after it was frozen"):
-        Tokenizer.load(tmp_path / "one")
+        load_tokenizer(tmp_path / "one")
 
 
 @pytest.mark.parametrize(("kind", "options"), [

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nanollama.data.files import DataError
-from nanollama.data.tokenizer import MODEL_FILES, Tokenizer, freeze
+from nanollama.data.hub_tokenizer import freeze_tokenizer_json
+from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece
+from nanollama.data.tokenizer import MODEL_FILES, Tokenizer
 
 CHAT_TOKENS = (
     "<|im_start|>",
@@ -53,7 +55,9 @@ def add_tokens(
     if source.manifest["kind"] == "sentencepiece":
         model += b"".join(_piece(token) for token in new)
         algorithm, corpus = source.manifest["algorithm"], source.manifest["corpus"]
-        return freeze(directory, model, algorithm=algorithm, corpus=corpus, chat_template=template, more=more)
+        return freeze_sentencepiece(
+            directory, model, algorithm=algorithm, corpus=corpus, chat_template=template, more=more
+        )
     return _freeze_json(source, Path(directory), model, ids, template, more)
 
 
@@ -99,8 +103,6 @@ def _varint(value: int) -> bytes:
 def _freeze_json(
     source: Tokenizer, directory: Path, model: bytes, ids: dict[str, int], template: str | None, more: dict[str, Any]
 ) -> Tokenizer:
-    from nanollama.data.hub_tokenizer import freeze_tokenizer_json  # needs a package that the core does not
-
     file = json.loads(model)
     file["added_tokens"] += [
         dict(id=number, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)

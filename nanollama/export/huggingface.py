@@ -20,6 +20,7 @@ from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.files import DataError, read_json, write_atomic, write_json
 from nanollama.data.strict import from_mapping, nearest
 from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, MODEL_FILES, Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 from nanollama.export.model_card import model_card
 from nanollama.export.peft import require_adapter, write_adapter
 from nanollama.export.safetensors_file import write_safetensors
@@ -61,7 +62,7 @@ def export(
     if dtype not in FLOATS:
         raise DataError(f"--dtype={dtype}: not a float type. {nearest(dtype, list(FLOATS))}")
     run = folder.parent.parent
-    tokenizer = Tokenizer.load(run / "tokenizer") if (run / "tokenizer").is_dir() else None
+    tokenizer = load_tokenizer(run / "tokenizer") if (run / "tokenizer").is_dir() else None
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise DataError(f"{run}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: damaged.")
     tensors = published_tensors(model, family)

@@ -15,6 +15,7 @@ import numpy as np
 
 from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.files import DataError, sha256_file
+from nanollama.data.hub_tokenizer import freeze_tokenizer_json
 from nanollama.data.strict import nearest
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.export.gguf_file import GgufFile
@@ -157,8 +158,6 @@ def _published_name(name: str) -> str:
 
 
 def _freeze(file: GgufFile, folder: Path) -> Tokenizer:
-    from nanollama.data.hub_tokenizer import freeze_tokenizer_json
-
     metadata: Mapping[str, Any] = file.metadata
     tokens = metadata["tokenizer.ggml.tokens"]
 

@@ -14,7 +14,9 @@ import sentencepiece
 
 from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.files import DataError, read_json, sha256_file
-from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, Tokenizer, freeze
+from nanollama.data.hub_tokenizer import begins_with, freeze_tokenizer_json
+from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece
+from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, Tokenizer
 from nanollama.export.imported import write_run
 from nanollama.export.safetensors_file import SafetensorsDirectory, metadata_of
 from nanollama.export.tokenizer_json import tokenizer_json
@@ -84,7 +86,7 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         complete = min(processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id()) >= 0
         if complete and (not file or _size(file) == processor.vocab_size()):
-            return freeze(
+            return freeze_sentencepiece(
                 folder,
                 model,
                 algorithm=settings.get("algorithm", "published"),
@@ -95,8 +97,6 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
         file = file or tokenizer_json(model, add_bos=True)
     if not file:
         raise DataError(f"{source / MODEL_FILE}: not a SentencePiece model. Add the model's {TOKENIZER_FILE}.")
-    from nanollama.data.hub_tokenizer import begins_with, freeze_tokenizer_json
-
     stops = _stop_ids(source)
     eos = _token(settings.get("eos_token")) or (_piece(file, stops[0]) if stops else None)
     if eos is None:

@@ -22,7 +22,8 @@ from nanollama.config import (
     as_dict,
 )
 from nanollama.data.files import DataError, Lock, write_json
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
+from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer
 from nanollama.export.weights import Parts, Source, Tensor, adopt, check_tensors, nested, parameter_shapes
 from nanollama.models.accounting import count_parameters
 from nanollama.training.checkpoint import LazyArray, LazyCheckpoints

@@ -1,7 +1,7 @@
 """A SentencePiece model as a tokenizer.json that the `tokenizers` library encodes alike.
 
 transformers 5 turns a bare tokenizer.model into another tokenizer (246 to 302 of 304 lines differ), so exports
-carry this file. Owns the conversion only; freezing is `data.tokenizer` and `data.hub_tokenizer`.
+carry this file. Owns the conversion only; freezing is `data.hub_tokenizer`.
 """
 
 import base64
@@ -12,6 +12,7 @@ from typing import Any
 import sentencepiece
 
 from nanollama.data.files import DataError
+from nanollama.data.protobuf import fields
 
 _SPACE = "\u2581"
 
@@ -71,8 +72,8 @@ class _Normalizer:
 
     def __init__(self, model: bytes):
         self.charsmap, self.dummy_prefix, self.squeeze = b"", True, True  # SentencePiece's own defaults
-        for spec in (value for field, value in _fields(model) if field == 3):
-            for field, value in _fields(spec):
+        for spec in (value for field, value in _values(model) if field == 3):
+            for field, value in _values(spec):
                 if field == 2:
                     self.charsmap = value
                 elif field == 3:
@@ -123,8 +124,8 @@ def _added(index: int, piece: str, special: bool) -> dict[str, Any]:
 def _trainer_kind(model: bytes) -> str:
     """"bpe" or "unigram": trainer_spec (field 2) model_type (field 3)."""
     kind = 1
-    for spec in (value for field, value in _fields(model) if field == 2):
-        kind = next((value for field, value in _fields(spec) if field == 3), 1)
+    for spec in (value for field, value in _values(model) if field == 2):
+        kind = next((value for field, value in _values(spec) if field == 3), 1)
     if kind not in (1, 2):
         raise DataError("tokenizer.model: neither BPE nor unigram: no tokenizer.json can say what it does.")
     return "bpe" if kind == 2 else "unigram"
@@ -133,31 +134,12 @@ def _trainer_kind(model: bytes) -> str:
 def _user_defined(model: bytes) -> set[str]:
     """Pieces of type USER_DEFINED (4), which are matched before anything else."""
     found = set()
-    for piece in (dict(_fields(value)) for field, value in _fields(model) if field == 1):
+    for piece in (dict(_values(value)) for field, value in _values(model) if field == 1):
         if piece.get(3) == 4:
             found.add(piece[1].decode())
     return found
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+def _values(message: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of a protobuf message's fields: int for varints, bytes for the others."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            value |= (byte & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(key & 7) or varint()
-        yield key >> 3, data[at : at + size]
-        at += size
+    return ((field.number, field.value) for field in fields(message))
