@@ -83,7 +83,7 @@ def test_changed_or_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
 def test_sentencepiece_as_tokenizer_json(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     import tokenizers
 
-    from nanollama.export.tokenizer_json import tokenizer_json
+    from nanollama.export.sentencepiece_json import tokenizer_json_of_sentencepiece
 
     text = Path(sentencepiece.__file__).read_text(encoding="utf-8").splitlines()[:800]
     (tmp_path / "text").write_text("\n".join(text))
@@ -92,7 +92,7 @@ def test_sentencepiece_as_tokenizer_json(tmp_path: Path, kind: str, options: dic
         byte_fallback=True, minloglevel=2, hard_vocab_limit=False, **options)  # fmt: skip
     model = (tmp_path / "m.model").read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    made = tokenizers.Tokenizer.from_buffer(tokenizer_json(model, add_bos=True))
+    made = tokenizers.Tokenizer.from_buffer(tokenizer_json_of_sentencepiece(model, add_bos=True))
     made.encode_special_tokens = True
     for line in [*text, *TEXTS]:
         ids = made.encode(line, add_special_tokens=False).ids
@@ -146,14 +146,14 @@ def test_conversation_fills_the_template(tmp_path: Path) -> None:
 
 
 def test_gguf_tokenizer_is_refused_by_its_key() -> None:
-    from nanollama.export.gguf_tokenizer import tokenizer_json_of
+    from nanollama.export.gguf_tokenizer import tokenizer_json_of_gguf
 
     base = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.merges": ["a b"]}
-    assert json.loads(tokenizer_json_of(base, "x"))["model"]["merges"] == [["a", "b"]]
+    assert json.loads(tokenizer_json_of_gguf(base, "x"))["model"]["merges"] == [["a", "b"]]
     with pytest.raises(DataError, match=r"tokenizer.ggml.pre is 'tekken'"):
-        tokenizer_json_of({**base, "tokenizer.ggml.pre": "tekken"}, "x")
+        tokenizer_json_of_gguf({**base, "tokenizer.ggml.pre": "tekken"}, "x")
     with pytest.raises(DataError, match=r"tokenizer.ggml.model is 'llama'"):
-        tokenizer_json_of({**base, "tokenizer.ggml.model": "llama"}, "x")
+        tokenizer_json_of_gguf({**base, "tokenizer.ggml.model": "llama"}, "x")
 
 
 # --- tiktoken files ---

@@ -15,6 +15,7 @@ from nanollama.data.files import DataError
 from nanollama.data.hub_tokenizer import freeze_tokenizer_json
 from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece
 from nanollama.data.tokenizer import MODEL_FILES, Tokenizer
+from nanollama.data.tokenizer_json import added_token, dump
 
 CHAT_TOKENS = (
     "<|im_start|>",
@@ -104,17 +105,14 @@ def _freeze_json(
     source: Tokenizer, directory: Path, model: bytes, ids: dict[str, int], template: str | None, more: dict[str, Any]
 ) -> Tokenizer:
     file = json.loads(model)
-    file["added_tokens"] += [
-        dict(id=number, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        for token, number in ids.items()
-    ]
+    file["added_tokens"] += [added_token(number, token) for token, number in ids.items()]
     manifest = source.manifest
 
     def named(name: str) -> str | None:
         return None if manifest[name] < 0 else source.piece(manifest[name])
 
     frozen = freeze_tokenizer_json(
-        directory, (json.dumps(file, ensure_ascii=False) + "\n").encode(), bos=named("bos_id"),
+        directory, dump(file), bos=named("bos_id"),
         eos=source.piece(source.eos_id), pad=named("pad_id"), stop_ids=more["stop_ids"], chat_template=template,
         corpus=manifest["corpus"], more=more,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from nanollama.data.tokenizer_folder import load_tokenizer
 from nanollama.export.model_card import model_card
 from nanollama.export.peft import require_adapter, write_adapter
 from nanollama.export.safetensors_file import write_safetensors
-from nanollama.export.tokenizer_json import tokenizer_json
+from nanollama.export.sentencepiece_json import tokenizer_json_of_sentencepiece
 from nanollama.export.weights import FLOATS, Tensor, TensorInfo, parameter_shapes, publish, published_tensors
 from nanollama.models.families import FAMILIES
 from nanollama.models.families.published import Exported, write_config
@@ -158,7 +158,7 @@ def _write_tokenizer(tokenizer: Tokenizer, output: Path, model: ModelConfig) -> 
     source = (tokenizer.directory / MODEL_FILES[tokenizer.manifest["kind"]]).read_bytes()
     if tokenizer.manifest["kind"] == "sentencepiece":
         write_atomic(output / MODEL_FILE, source)  # so that an import gives the same frozen tokenizer back
-        source = tokenizer_json(source, add_bos=True)
+        source = tokenizer_json_of_sentencepiece(source, add_bos=True)
     write_atomic(output / "tokenizer.json", source)
     names = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
     ids = {name: number for name, number in names.items() if number >= 0}

@@ -19,7 +19,7 @@ from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece
 from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, Tokenizer
 from nanollama.export.imported import write_run
 from nanollama.export.safetensors_file import SafetensorsDirectory, metadata_of
-from nanollama.export.tokenizer_json import tokenizer_json
+from nanollama.export.sentencepiece_json import tokenizer_json_of_sentencepiece
 from nanollama.export.weights import Tensor, published_tensors
 from nanollama.models.families import family_of
 from nanollama.models.families.published import Family, read_config
@@ -94,7 +94,7 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
                 chat_template=_chat_template(source, settings),
                 more={"stop_ids": _stop_ids(source)},
             )
-        file = file or tokenizer_json(model, add_bos=True)
+        file = file or tokenizer_json_of_sentencepiece(model, add_bos=True)
     if not file:
         raise DataError(f"{source / MODEL_FILE}: not a SentencePiece model. Add the model's {TOKENIZER_FILE}.")
     stops = _stop_ids(source)

@@ -5,7 +5,6 @@ carry this file. Owns the conversion only; freezing is `data.hub_tokenizer`.
 """
 
 import base64
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +12,12 @@ import sentencepiece
 
 from nanollama.data.files import DataError
 from nanollama.data.protobuf import fields
+from nanollama.data.tokenizer_json import added_token, begin_with, dump
 
 _SPACE = "\u2581"
 
 
-def tokenizer_json(model: bytes, *, add_bos: bool) -> bytes:
+def tokenizer_json_of_sentencepiece(model: bytes, *, add_bos: bool) -> bytes:
     """The file's bytes. `add_bos`: texts begin with the bos token when special tokens are asked for.
 
     Differs from SentencePiece on one thing: U+2581 written in a text becomes a space. Errors: DataError on a model
@@ -26,7 +26,7 @@ def tokenizer_json(model: bytes, *, add_bos: bool) -> bytes:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     kind, normalizer = _trainer_kind(model), _Normalizer(model)
     pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.vocab_size())]
-    unk = processor.id_to_piece(processor.unk_id())
+    unk, bos = processor.id_to_piece(processor.unk_id()), processor.id_to_piece(processor.bos_id())
     byte_fallback = processor.piece_to_id("<0x00>") != processor.unk_id()
     if kind == "bpe":
         vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
@@ -49,14 +49,14 @@ def tokenizer_json(model: bytes, *, add_bos: bool) -> bytes:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(i, pieces[i][0], i in special) for i in sorted({*special, *written})],
+        "added_tokens": [added_token(i, pieces[i][0], special=i in special) for i in sorted({*special, *written})],
         "normalizer": normalizer.steps(),
         "pre_tokenizer": None,
-        "post_processor": _begin_with(processor) if add_bos else None,
+        "post_processor": begin_with(bos, processor.bos_id()) if add_bos else None,
         "decoder": _decoder(normalizer.dummy_prefix),
         "model": body,
     }
-    return (json.dumps(file, ensure_ascii=False) + "\n").encode()
+    return dump(file)
 
 
 def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> Iterator[list[str]]:
@@ -103,22 +103,6 @@ def _decoder(dummy_prefix: bool) -> dict[str, Any]:
     if dummy_prefix:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {"type": "Sequence", "decoders": steps}
-
-
-def _begin_with(processor: Any) -> dict[str, Any]:
-    bos = processor.id_to_piece(processor.bos_id())
-    first, second = {"SpecialToken": {"id": bos, "type_id": 0}}, {"SpecialToken": {"id": bos, "type_id": 1}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, second, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {bos: {"id": bos, "ids": [processor.bos_id()], "tokens": [bos]}},
-    }
-
-
-def _added(index: int, piece: str, special: bool) -> dict[str, Any]:
-    return dict(id=index, content=piece, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                special=special)  # fmt: skip
 
 
 def _trainer_kind(model: bytes) -> str:
