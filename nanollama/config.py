@@ -6,7 +6,6 @@ where ml_collections is absent.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from nanollama.data.strict import from_mapping, to_mapping
@@ -187,22 +186,9 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
 
 
-def plain(value: Any) -> Any:
-    """ConfigDicts, dataclasses, dicts and sequences as plain dicts and lists."""
-    if dataclasses.is_dataclass(value):
-        return to_mapping(value)
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
-
-
 def resolve(values: Any) -> Config:
     """Build and check the Config of a ConfigDict or mapping; raises ConfigError before any work is done."""
-    config = from_mapping(Config, plain(values))
+    config = from_mapping(Config, to_mapping(values))
     check(config)
     return config
 

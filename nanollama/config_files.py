@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanollama.config import Config, ConfigError, plain, resolve
-from nanollama.data.strict import nearest
+from nanollama.config import Config, ConfigError, resolve
+from nanollama.data.strict import nearest, to_mapping
 
 
 def load(spec: str, changes: Sequence[str] = ()) -> Config:
@@ -52,7 +52,7 @@ def load_file(spec: str) -> Any:
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError("--config", f"{path_text!r} has no get_config(arg)", "Define get_config(arg) there.")
-    return plain(module.get_config(argument))
+    return to_mapping(module.get_config(argument))
 
 
 def parse_arg(argument: str, **defaults: Any) -> dict[str, Any]:

@@ -44,9 +44,7 @@ class Stage:
     command: tuple[str, ...]
     outputs: tuple[str, ...]  # files and directories that exist afterwards
     inputs: tuple[str, ...] = ()  # files, directories, config files (FILE.py or FILE.py:arg)
-    continues: str = (
-        ""  # what the command goes on from; moved aside when the key changes, so that it starts anew
-    )
+    continues: str = ""  # what the command goes on from; moved aside when the key changes, so that it starts anew
     gate: Gate | None = None
 
 

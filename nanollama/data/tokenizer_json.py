@@ -4,8 +4,10 @@ Owns byte-level BPE files, tokens added to a file, and the bos token before a te
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+Piece = TypeVar("Piece", str, bytes)
 
 # How published tokenizers cut text before merging.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -45,6 +47,16 @@ def byte_level_bpe(
                       end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=ignore_merges,
                       vocab=vocab, merges=merges),
     })  # fmt: skip
+
+
+def merges_of(pieces: Sequence[Piece], ids: Mapping[Piece, int]) -> Iterator[tuple[Piece, Piece]]:
+    """All pairs of `pieces` that make another, as a greedy encoder ranks them: in the order of what they make (best
+    first), those of one piece by the ids of their parts."""
+    known = set(pieces)
+    for piece in pieces:
+        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        pairs = [(left, right) for left, right in splits if left in known and right in known]
+        yield from sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
 
 
 def dump(file: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ import sentencepiece
 
 from nanollama.data.files import DataError
 from nanollama.data.protobuf import fields
-from nanollama.data.tokenizer_json import added_token, begin_with, dump
+from nanollama.data.tokenizer_json import added_token, begin_with, dump, merges_of
 
 _SPACE = "\u2581"
 
@@ -30,15 +30,16 @@ def tokenizer_json_of_sentencepiece(model: bytes, *, add_bos: bool) -> bytes:
     byte_fallback = processor.piece_to_id("<0x00>") != processor.unk_id()
     if kind == "bpe":
         vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
-        merged = {
+        scores = {
             piece: score
             for index, (piece, score) in enumerate(pieces)
             if not (processor.is_control(index) or processor.is_byte(index) or processor.is_unknown(index))
         }
+        best_first = sorted(scores, key=lambda piece: -scores[piece])
         body: dict[str, Any] = dict(type="BPE", dropout=None, unk_token=unk, continuing_subword_prefix=None,
-                                    end_of_word_suffix=None,
-                                    fuse_unk=True, byte_fallback=byte_fallback, ignore_merges=False, vocab=vocabulary,
-                    merges=list(_merges(merged, vocabulary)))  # fmt: skip
+                                    end_of_word_suffix=None, fuse_unk=True, byte_fallback=byte_fallback,
+                                    ignore_merges=False, vocab=vocabulary,
+                                    merges=list(merges_of(best_first, vocabulary)))  # fmt: skip
     else:
         body = dict(type="Unigram", unk_id=processor.unk_id(), vocab=[list(piece) for piece in pieces],
                     byte_fallback=byte_fallback)  # fmt: skip
@@ -57,14 +58,6 @@ def tokenizer_json_of_sentencepiece(model: bytes, *, add_bos: bool) -> bytes:
         "model": body,
     }
     return dump(file)
-
-
-def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> Iterator[list[str]]:
-    """Pairs that make each piece, best score first: SentencePiece's greedy order as BPE ranks."""
-    for piece, _ in sorted(scores.items(), key=lambda item: -item[1]):
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = [pair for pair in splits if pair[0] in scores and pair[1] in scores]
-        yield from (list(pair) for pair in sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]])))
 
 
 class _Normalizer:

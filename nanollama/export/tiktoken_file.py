@@ -7,11 +7,11 @@ which the file itself does not hold. Knows no files; freezing is `data.hub_token
 import base64
 import binascii
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from nanollama.data.files import DataError
 from nanollama.data.strict import nearest
-from nanollama.data.tokenizer_json import GPT2, LLAMA3, QWEN2, added_token, byte_level_bpe, split_steps
+from nanollama.data.tokenizer_json import GPT2, LLAMA3, QWEN2, added_token, byte_level_bpe, merges_of, split_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,9 @@ def tokenizer_json_of_ranks(data: bytes, kind: str, where: str) -> bytes:
         raise DataError(f"{where}: {len(ranks)} ranks; {kind} has {about.size}: truncated, or of another kind.")
     letters = byte_letters()
     vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
-    merges = [["".join(letters[byte] for byte in part) for part in pair] for pair in _merges(ranks)]
+    # tiktoken joins whichever neighbours make the lowest token, so all pairs of a token are needed
+    by_rank = sorted(ranks, key=ranks.__getitem__)
+    merges = [["".join(letters[byte] for byte in part) for part in pair] for pair in merges_of(by_rank, ranks)]
     first = max(ranks.values()) + 1
     return byte_level_bpe(
         vocab,
@@ -89,15 +91,6 @@ def read_ranks(data: bytes, where: str) -> dict[bytes, int]:
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise DataError(f"{where}: ranks are not 0 to {len(ranks) - 1}: truncated or damaged. Download it again.")
     return ranks
-
-
-def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pairs that make each token, by rank. tiktoken joins whichever neighbours make the lowest token, so all are
-    needed; those of one token by their own ranks."""
-    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 
 
 def byte_letters() -> list[str]:

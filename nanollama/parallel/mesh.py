@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanollama.config import ConfigError, MeshConfig
 from nanollama.data.strict import nearest
@@ -81,12 +81,12 @@ def one_device(mesh: Mesh) -> Mesh:
     return make_mesh(MeshConfig(data=1), [mesh.devices.flat[0]])
 
 
-def shards(axis: str, mesh: Mesh) -> int:
+def shards(axis: str, mesh: Mesh | AbstractMesh) -> int:
     """Parts that RULES cut a logical axis into."""
     return math.prod(mesh.shape[name] for name in RULES[axis] or ())
 
 
-def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where an array with these logical axes and shape lives.
 
     Errors: KeyError on an axis that RULES lacks; ConfigError when a dimension does not divide over its mesh
@@ -154,4 +154,4 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
             if axis is not None and axis not in RULES:
                 raise KeyError(f"logical axis {axis!r} is not in RULES. {nearest(axis, list(RULES))}")
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))  # type: ignore[arg-type]
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
