@@ -10,9 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from nanollama.config import LoggingConfig
+from nanollama.config import ConfigError, LoggingConfig
 from nanollama.training import metrics
-from nanollama.training.metric_sinks import MetricsError
 from nanollama.training.metrics import MetricsLog, Throughput, read_metrics
 
 QUIET = LoggingConfig(tensorboard=False, every=10)
@@ -208,10 +207,10 @@ def test_missing_package_names_its_extra_and_changes_nothing(tmp_path, monkeypat
         write_steps(log, 1, 8)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MetricsError, match=r"nanollama\[wandb\]"):
+    with pytest.raises(ConfigError, match=r"nanollama\[wandb\]"):
         open_log(tmp_path, 5, LoggingConfig(tensorboard=False, wandb_project="p"))
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(MetricsError, match="tensorboardX"):
+    with pytest.raises(ConfigError, match="tensorboardX"):
         open_log(tmp_path, 5, LoggingConfig())
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

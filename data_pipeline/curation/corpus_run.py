@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline.curation import account, cards, corpus_format, whole
 from data_pipeline.curation.account import Counts
-from data_pipeline.curation.curate import FilterTask, filter_plans, filter_task, judge_shard
+from data_pipeline.curation.curate import FilterPlan, FilterTask, filter_plans, filter_task, judge_shard
 from data_pipeline.curation.download import (
     ReadResult,
     ReadTask,
@@ -51,7 +51,7 @@ class Plan:
     mixture: MixtureConfig
     parts: list[list[tuple[Part, list[Input]]]]  # per dataset
     inputs: list[dict[str, Any]]  # per dataset, for the manifest
-    filters: dict[str, Any]  # dataset -> its FilterPlans
+    filters: dict[str, tuple[FilterPlan, ...]]  # by dataset
     steps: tuple[whole.StepPlan, ...]
     head: dict[str, Any]  # of the manifest
 
@@ -205,7 +205,7 @@ class Run:
         for plan in [plan for plan in self.plan.steps if plan.section in sections]:
             done = 0
 
-            def report(number: int, name: str = plan.type, total: int = len(shards)) -> None:
+            def report(name: str = plan.type, total: int = len(shards)) -> None:
                 nonlocal done
                 done += 1
                 self.progress.update(name, done / total, f"{done} of {total} shards")

@@ -43,7 +43,7 @@ class MetricsLog:
     Lines of steps after `resume_step` belong to a run that was killed past its last checkpoint: they are
     dropped before the first write, and their events are kept in the one event that says where the run goes
     on. With `resume_step=0` nothing was saved, so no line is kept.
-    Errors: MetricsError names the missing package and its extra.
+    Errors: ConfigError names the missing package and its extra.
     """
 
     def __init__(self, workdir: str | Path, logging: LoggingConfig, *, resume_step: int, steps: int = 0,
