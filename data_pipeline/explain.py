@@ -23,7 +23,6 @@ from nanollama.data.files import DataError, read_json, sha256_file
 from nanollama.data.origin import row_origin
 from nanollama.data.packed import DOCUMENTS_FILE, PackedSet
 
-INDEX = "decisions/index.json"
 COPIES_SHOWN = 10
 SIMILARITIES = ("jaccard", "distance")  # what steps measure between a copy and its original
 
@@ -34,7 +33,7 @@ class Corpus:
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
         self.manifest, self.sha256 = read_manifest(directory)
-        path = self.directory / INDEX
+        path = self.directory / corpus_format.INDEX
         if not path.is_file():
             raise DataError(f"{path}: missing, so nothing says what was decided. Run data_pipeline.corpus again on "
                             f"{directory}.")
