@@ -19,7 +19,6 @@ from data_pipeline.analysis.facts import Analysis, analyze
 from data_pipeline.curation.cards import size, table
 from data_pipeline.engine.progress import Progress
 from data_pipeline.engine.stage import Help, command
-from nanollama.accelerators import WORLD_CARBON
 from nanollama.data.files import DataError, write_atomic, write_json
 
 PAGE, FACTS = "analysis.html", "analysis.json"
@@ -103,16 +102,17 @@ def _main() -> None:
     parser.add_argument("--output", required=True, help="directory for the page, CSV and JSON")
     parser.add_argument("--tokens", type=float, help="of training; default: the mixture's total_tokens, or those here")
     parser.add_argument("--parameters", type=float, default=1.1e9, help="of the model, without embeddings")
-    parser.add_argument("--layers", type=int, default=0, help="with --width and --sequence-length: count attention too")
-    parser.add_argument("--width", type=int, default=0, help="of the model: the hidden size")
-    parser.add_argument("--sequence-length", type=int, default=0, help="tokens of a row in training")
-    parser.add_argument("--accelerator", default="h100", help=f"one of {', '.join(ACCELERATORS)}")
-    parser.add_argument("--count", type=int, default=8, help="devices")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
+    parser.add_argument("--layers", type=int, default=Inputs.layers, help="with --width and --sequence-length: count attention too")
+    parser.add_argument("--width", type=int, default=Inputs.width, help="of the model: the hidden size")
+    parser.add_argument("--sequence-length", type=int, default=Inputs.sequence_length,
+                        help="tokens of a row in training")
+    parser.add_argument("--accelerator", default=Inputs.accelerator, help=f"one of {', '.join(ACCELERATORS)}")
+    parser.add_argument("--count", type=int, default=Inputs.count, help="devices")
+    parser.add_argument("--mfu", type=float, default=Inputs.mfu, help="share of the peak that training reaches")
     parser.add_argument("--price", type=float, help="of one device for an hour, in any currency")
     parser.add_argument("--watts", type=float, help="of one device; default: its data sheet's")
-    parser.add_argument("--pue", type=float, default=1.2, help="power of the building over power of the devices")
-    parser.add_argument("--carbon-intensity", type=float, default=WORLD_CARBON,
+    parser.add_argument("--pue", type=float, default=Inputs.pue, help="power of the building over power of the devices")
+    parser.add_argument("--carbon-intensity", type=float, default=Inputs.carbon_intensity,
                         help="kg CO2 a kWh; default: the world's average")
     arguments = parser.parse_args()
     with Progress("analyze") as progress:
