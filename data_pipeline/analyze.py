@@ -102,7 +102,8 @@ def _main() -> None:
     parser.add_argument("--output", required=True, help="directory for the page, CSV and JSON")
     parser.add_argument("--tokens", type=float, help="of training; default: the mixture's total_tokens, or those here")
     parser.add_argument("--parameters", type=float, default=1.1e9, help="of the model, without embeddings")
-    parser.add_argument("--layers", type=int, default=Inputs.layers, help="with --width and --sequence-length: count attention too")
+    parser.add_argument("--layers", type=int, default=Inputs.layers,
+                        help="with --width and --sequence-length: count attention too")
     parser.add_argument("--width", type=int, default=Inputs.width, help="of the model: the hidden size")
     parser.add_argument("--sequence-length", type=int, default=Inputs.sequence_length,
                         help="tokens of a row in training")
