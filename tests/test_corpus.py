@@ -202,13 +202,18 @@ def test_kill_9_and_a_second_run_at_the_same_time(tmp_path: Path) -> None:
             "original = f.ShardWriter.write\n"
             "def write(self, *document):\n"
             "    original(self, *document)\n"
-            "    print('writing', flush=True); time.sleep(0.01)\n"
+            "    print('writing', flush=True)\n"
+            "    if sys.stdin.readline() == 'stay\\n':\n"
+            "        time.sleep(600)\n"
             "f.ShardWriter.write = write\n"
             f"c.build_corpus({str(config)!r}, {str(tmp_path / 'out')!r})\n")
     process = subprocess.Popen([sys.executable, "-c", slow],
+                               stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"go on\n" * 19 + b"stay\n")
+    process.stdin.close()
     for _ in range(20):
         process.stdout.readline()
     second = subprocess.run(command, capture_output=True, text=True)

@@ -4,10 +4,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from corpora import documents, files_of, jsonl, mixture
+from killing import kill_when
 
 from data_pipeline.corpus import build_corpus
 from data_pipeline.curation import corpus_format
@@ -375,14 +374,10 @@ def test_kill_9_and_run_again_gives_the_same_bytes(room: Path, packed: Path, mom
         "--validation-fraction=0.1", "--seed=0", "--workers=1"
     ]
     pattern = {"tokens": "*/tokens/*.parquet", "records": "*/set/train*"}[moment]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(
-        (output / ".work").glob(pattern)) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (output / "manifest.json").exists(), "finished before it could be killed"
+    kill_when(lambda: bool(list((output / ".work").glob(pattern))),
+              lambda: subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+              lambda: shutil.rmtree(output))
+    assert not (output / "manifest.json").exists()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert files_of(output) == files_of(packed)
