@@ -36,16 +36,6 @@ def ceiling(size: int = 8192) -> float:
     return 2 * size**3 / tune.milliseconds(jax.jit(jnp.matmul), (a, b)) / 1e9
 
 
-def xla(problem: tune.Problem) -> Callable[..., jax.Array]:
-    """Attention as XLA makes it of `jax.nn.dot_product_attention`; plain causal, scores whole."""
-
-    def function(q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array, start: jax.Array) -> jax.Array:
-        del first_key, start
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
-
-    return function
-
-
 def work(problem: tune.Problem) -> float:
     """FLOPs of the forward pass that the mask lets through."""
     documents = 1 if problem.plain else tune.DOCUMENTS
@@ -81,9 +71,9 @@ def sides_of(problem: tune.Problem, interpret: bool) -> dict[str, Callable[..., 
     if not interpret and not why_not_mosaic(dim, dim, problem.dtype, kind):
         sides["mosaic"] = tune.flash(problem, choice.mosaic_tiles, compiler="mosaic")
     if not interpret:
-        sides["cudnn_causal"] = tune.cudnn(problem)
+        sides["cudnn_causal"] = tune.vendor("cudnn")
     if problem.length <= 4096:
-        sides["xla_causal"] = xla(problem)
+        sides["xla_causal"] = tune.vendor("xla")  # scores whole
     return sides
 
 

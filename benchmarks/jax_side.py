@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from benchmarks import workload
 from nanollama.config import (
@@ -64,7 +65,7 @@ class Training:
         self.mesh = make_mesh(config.mesh, jax.devices()[:1])
         optimizer = make_optimizer(config)
         shardings = state_shardings(config, optimizer, self.mesh)
-        params = nest(workload.make_weights(work))
+        params = unflatten_dict(workload.make_weights(work), sep="/")
         state = TrainState(np.zeros((), np.int32), params, optimizer.init(params))  # type: ignore[arg-type]
         # copied, for the step donates its state and the CPU backend may lend numpy's own memory
         self.state = jax.jit(lambda tree: jax.tree.map(lambda x: x + 0, tree), out_shardings=shardings)(state)
@@ -80,18 +81,6 @@ class Training:
         self.state, metrics = self.program(self.state, batch)
         jax.block_until_ready(self.state)
         return float(metrics["total"])
-
-
-def nest(flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    """{"layers/query": x} -> {"layers": {"query": x}}."""
-    tree: dict[str, Any] = {}
-    for name, array in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = array
-    return tree
 
 
 def run(work: workload.Workload, started: float, compute: ComputeConfig = DEFAULT) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from benchmarks.machine import machine
 from nanollama.config import DataConfig, PackedSetConfig
 from nanollama.data.loader import HostBatch, Loader, read_rows, row_order
 from nanollama.data.mixture import Mixture, open_mixture
-from nanollama.data.tokenizer import Tokenizer, freeze
+from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece
+from nanollama.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 GOAL = 10_000  # rows of 2,048 tokens a second and core
@@ -55,7 +56,8 @@ def make_tokenizer(directory: Path, documents: list[str]) -> Tokenizer:
         sentence_iterator=lines, model_writer=model, vocab_size=8192, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
         unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
-    return freeze(directory, model.getvalue(), algorithm="bpe", corpus={"made_by": "benchmarks/loader.py"})
+    made_by = {"made_by": "benchmarks/loader.py"}
+    return freeze_sentencepiece(directory, model.getvalue(), algorithm="bpe", corpus=made_by)
 
 
 def make_mixture(directory: Path, rows: int) -> Mixture:

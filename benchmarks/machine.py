@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nanollama.data.files import write_atomic
+from nanollama.experiments.environment import processor_name, usable_cores
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def machine() -> dict[str, Any]:
     """Processor, cores and load."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0)),
+    return {"cpu": processor_name(), "cores": usable_cores(),
             "load_average": [round(load, 2) for load in os.getloadavg()]}  # fmt: skip
 
 

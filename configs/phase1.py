@@ -9,7 +9,7 @@ decay belongs to the later phases: a phase-1 checkpoint of any step can be annea
 
 from ml_collections import ConfigDict
 
-from nanollama.config import parse_arg
+from nanollama.config_files import parse_arg
 from nanollama.models.families import preset
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from nanollama.config import parse_arg
+from nanollama.config_files import parse_arg
 from nanollama.models.families import preset
 
 

@@ -6,7 +6,7 @@ follows `workdir=` is the path to its end, commas included. `tiny,` before it sh
 
 from ml_collections import ConfigDict
 
-from nanollama.config import parse_arg
+from nanollama.config_files import parse_arg
 from nanollama.models.families import preset
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from data_pipeline.curation import cards, corpus_format
 from data_pipeline.curation.account import Counts
-from data_pipeline.curation.corpus_run import CACHE, DECISIONS, Plan, Run
+from data_pipeline.curation.corpus_run import CACHE, Plan, Run
 from data_pipeline.curation.sampling import sample
 from data_pipeline.engine.progress import Progress
 from data_pipeline.engine.stage import command, disk_full_explained, finished, require_own
@@ -36,7 +36,7 @@ from nanollama.data.files import DataError, Lock, write_json
 
 PLAN = "plan.json"  # of the mixture, written before anything is read
 STEPS = ("download", "curate", "select", "sample", "full")
-MADE = (corpus_format.SHARDS, DECISIONS, CACHE, corpus_format.CARD, corpus_format.DROPPED)
+MADE = (corpus_format.SHARDS, corpus_format.DECISIONS, CACHE, corpus_format.CARD, corpus_format.DROPPED)
 SMALL_BYTES = 50_000_000  # below, starting worker processes takes longer than they save
 
 

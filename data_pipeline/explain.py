@@ -17,13 +17,12 @@ import pyarrow.parquet
 
 from data_pipeline.curation import corpus_format
 from data_pipeline.curation.corpus_format import read_manifest
-from data_pipeline.curation.shards import read_all_columns, read_columns
+from data_pipeline.curation.shards import read_columns
 from data_pipeline.engine.stage import command
 from nanollama.data.files import DataError, read_json, sha256_file
 from nanollama.data.origin import row_origin
 from nanollama.data.packed import DOCUMENTS_FILE, PackedSet
 
-INDEX = "decisions/index.json"
 COPIES_SHOWN = 10
 SIMILARITIES = ("jaccard", "distance")  # what steps measure between a copy and its original
 
@@ -34,7 +33,7 @@ class Corpus:
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
         self.manifest, self.sha256 = read_manifest(directory)
-        path = self.directory / INDEX
+        path = self.directory / corpus_format.INDEX
         if not path.is_file():
             raise DataError(f"{path}: missing, so nothing says what was decided. Run data_pipeline.corpus again on "
                             f"{directory}.")
@@ -76,7 +75,7 @@ class Corpus:
         return int(read_columns(str(self.directory / last), ["reason"]).column("reason").null_count)
 
     def _row(self, doc_id: str, shard: dict[str, Any], row: int, before: int) -> dict[str, Any]:
-        raw = read_all_columns(str(self.directory / shard["rows"])).slice(row, 1).to_pylist()[0]
+        raw = read_columns(str(self.directory / shard["rows"])).slice(row, 1).to_pylist()[0]
         settings = next(one for one in self.manifest["mixture"]["config"]["datasets"]
                         if one["name"] == shard["dataset"])
         result: dict[str, Any] = {
@@ -112,7 +111,7 @@ class Corpus:
 
     def _stage(self, stage: dict[str, Any], row: int) -> tuple[dict[str, Any] | None, int]:
         """(what a stage said of a row, how many rows before it were kept)."""
-        table = read_all_columns(str(self.directory / stage["path"]))
+        table = read_columns(str(self.directory / stage["path"]))
         rows = np.asarray(table.column("row"))
         at = int(np.searchsorted(rows, row))
         if at == len(rows) or rows[at] != row:
@@ -147,7 +146,7 @@ class Corpus:
                 path = str(self.directory / stage["path"])
                 if "duplicate_of" not in pyarrow.parquet.read_schema(path).names:
                     continue
-                table = read_all_columns(path)
+                table = read_columns(path)
                 hits = table.filter(pyarrow.compute.equal(table.column("duplicate_of"), doc_id))
                 if not len(hits):
                     continue

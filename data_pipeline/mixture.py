@@ -34,6 +34,8 @@ from data_pipeline.text.documents import Bad, Document, text_digest
 from nanollama.data.files import DataError, sha256_json, write_json
 from nanollama.data.strict import to_mapping
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
+from nanollama.quantities import si
 
 SCHEMA_VERSION = 1
 GOOD_EPOCHS = 4  # repeating up to here costs almost nothing (Muennighoff et al. 2023, arXiv:2305.16264)
@@ -114,12 +116,7 @@ def _where(row: dict[str, Any]) -> str:
 
 
 def _tokens(count: float | None) -> str:
-    if count is None:
-        return "?"
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.0f}"
+    return "?" if count is None else si(count)
 
 
 def _call(item: dict[str, Any], key: str = "type") -> str:
@@ -247,7 +244,7 @@ def _main() -> None:
     if arguments.action == "plan":
         print(describe(result))
     else:
-        tokenizer = Tokenizer.load(arguments.tokenizer) if arguments.tokenizer else None
+        tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
         with Progress("count") as progress:
             counts = count_rows(load_mixture(arguments.mixture), most=arguments.rows, tokenizer=tokenizer,
                                 progress=progress)

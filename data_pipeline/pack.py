@@ -49,6 +49,7 @@ from nanollama.data.files import DataError, Lock, sha256_json, write_atomic, wri
 from nanollama.data.packed import DOCUMENTS_FILE, MANIFEST_FILE, SCHEMA_VERSION, dataset_id
 from nanollama.data.strict import nearest
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 
 STAGE_VERSION = 3  # raise it when the same inputs would give other bytes
 CARD_FILE = "DATA_CARD.md"
@@ -91,7 +92,7 @@ def build_packed(corpus: str | os.PathLike[str],
     corpus_manifest, corpus_sha256 = read_manifest(corpus)
     if dataset is not None:
         corpus_manifest = _only(corpus_manifest, dataset, corpus)
-    frozen = Tokenizer.load(tokenizer)
+    frozen = load_tokenizer(tokenizer)
     validation = corpus_manifest["mixture"]["config"]["validation"]
     config = PackConfig(record_length,
                         validation["ratio"] if validation_fraction is None else validation_fraction,

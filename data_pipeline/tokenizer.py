@@ -35,15 +35,9 @@ from data_pipeline.engine.stage import WORK, Help, command, disk_full_explained,
 from data_pipeline.tokenization import tokenizer_report
 from data_pipeline.tokenization.sample import CHUNK_BYTES, plan_sample
 from nanollama.data.files import DataError, Lock, read_json, sha256_json, write_atomic
-from nanollama.data.tokenizer import (
-    CARD_FILE,
-    MANIFEST_FILE,
-    MODEL_FILE,
-    MODEL_FILES,
-    Tokenizer,
-    copy_tokenizer,
-    freeze,
-)
+from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece
+from nanollama.data.tokenizer import CARD_FILE, MANIFEST_FILE, MODEL_FILE, MODEL_FILES, Tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer, load_tokenizer
 
 STAGE_VERSION = 2  # raise it when the same inputs would give another tokenizer
 THREADS = 4  # fixed: the unigram trainer sums in an order that depends on it, and the file records it
@@ -107,20 +101,16 @@ def build_tokenizer(corpus: str | os.PathLike[str],
         with Progress("tokenizer") as progress:
             progress.update("sampling and training", None, force=True)
             model, sample = _train(corpus, manifest, config, progress)
-            made = freeze(work,
-                          model,
-                          algorithm=config.algorithm,
-                          corpus={
-                              "manifest_sha256": corpus_sha256, "mixture": manifest["mixture"]["file"],
-                              "fingerprint": fingerprint, "config": dataclasses.asdict(config),
-                              "sentencepiece": sentencepiece.__version__, "sample": sample
-                          })
+            made = freeze_sentencepiece(work, model, algorithm=config.algorithm, corpus={
+                "manifest_sha256": corpus_sha256, "mixture": manifest["mixture"]["file"],
+                "fingerprint": fingerprint, "config": dataclasses.asdict(config),
+                "sentencepiece": sentencepiece.__version__, "sample": sample})
             report = tokenizer_report.measure(made, corpus, manifest, progress, seed=config.seed,
                                               holdout=config.holdout)
         write_atomic(work / CARD_FILE, tokenizer_report.card(made, report))
         _put_in_place(output, made, replace)
         shutil.rmtree(output / WORK, ignore_errors=True)
-    return Tokenizer.load(output)
+    return load_tokenizer(output)
 
 
 def _existing(output: Path, fingerprint: str, replace: bool) -> Tokenizer | None:
@@ -133,7 +123,7 @@ def _existing(output: Path, fingerprint: str, replace: bool) -> Tokenizer | None
         raise DataError(f"{path}: is there already and is no tokenizer's. This command would replace it: choose "
                         "another --output, an empty or a new directory.")
     if found.get("corpus", {}).get("fingerprint") == fingerprint and (output / CARD_FILE).exists():
-        return Tokenizer.load(output)
+        return load_tokenizer(output)
     if replace or found.get("corpus", {}).get("fingerprint") == fingerprint:
         return None
     raise DataError(

@@ -24,7 +24,7 @@ from data_pipeline.tokenization import tokenizer_report
 from data_pipeline.tokenization.tokenizer_report import Measures, Report
 from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer
 from nanollama.data.files import DataError, write_atomic, write_json
-from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 
 HOLDOUT = 0.1  # of the documents
 CARD, TABLE, FACTS = "COMPARISON.md", "comparison.csv", "comparison.json"
@@ -60,7 +60,7 @@ def compare(corpus: str | os.PathLike[str], output: str | os.PathLike[str], conf
         raise DataError("tokenizers to compare need the same seed and holdout.")
     seed, holdout = (configs[0].seed, configs[0].holdout) if configs else (0, HOLDOUT)
     manifest, _ = read_manifest(corpus)
-    loaded = [(Path(directory).resolve().name, Tokenizer.load(directory), False) for directory in existing]
+    loaded = [(Path(directory).resolve().name, load_tokenizer(directory), False) for directory in existing]
     results = []
     for config in configs:
         name = f"{config.algorithm}-{config.vocab_size}"

@@ -1,6 +1,6 @@
 """Line charts as SVG text: crisp, themed by the page's CSS, readable without scripts.
 
-Owns scales, ticks, how numbers are written, thinning of long series and the SVG itself. Knows nothing of training: it
+Owns scales, ticks and their labels, thinning of long series and the SVG itself. Knows nothing of training: it
 is given named points. Colours are CSS classes, so that one drawing serves light, dark and print.
 """
 
@@ -138,11 +138,6 @@ def number(value: float) -> str:
         if size >= unit:
             return f"{value / (1e3 if name == 'k' else unit):g}{name}"
     return f"{round(value, 6):,g}" if size < 1000 else f"{value:,.0f}"
-
-
-def amount(value: float) -> str:
-    """A quantity: three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _draw(title: str, series: Sequence[Series], frame: Frame, x_range: tuple[float, float],

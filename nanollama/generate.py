@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nanollama.data.files import DataError, read_json, write_json
-from nanollama.generation import command_line
+from nanollama.generation import command_line, text
 from nanollama.generation.engine import GenerationError
 from nanollama.generation.loading import LoadedModel, load_model
 from nanollama.generation.sampling import SamplingConfig
-from nanollama.generation.text import printable
 from nanollama.parallel import backend
 
 
@@ -30,26 +29,15 @@ def generate(
 
     Errors: GenerationError names a prompt that is longer than the context, unless `crop` keeps its end.
     """
-    seeds = [(sampling.seed + number) % (1 << 32) for number in range(len(prompts))]
+    own = [dataclasses.replace(sampling, seed=(sampling.seed + number) % (1 << 32)) for number in range(len(prompts))]
     completions = command_line.engine(model).generate(
         [command_line.begin(model.tokenizer, prompt) for prompt in prompts],
-        [dataclasses.replace(sampling, seed=seed) for seed in seeds],
+        own,
         max_new_tokens=max_new_tokens,
         crop=crop,
     )
-    return [
-        {
-            "prompt": prompt,
-            "text": model.tokenizer.decode(completion.tokens),
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "seed": seed,
-            "tokens": len(completion.tokens),
-            "finish_reason": completion.finish_reason,
-        }
-        for prompt, seed, completion in zip(prompts, seeds, completions, strict=True)
-    ]
+    rows = zip(prompts, completions, own, strict=True)
+    return [text.sample(prompt, done, config, model.tokenizer) for prompt, done, config in rows]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -80,9 +68,9 @@ def _prompt_of(entry: Any, where: str) -> str:
 
 def show(sample: dict[str, Any], number: int, count: int) -> str:
     """A sample as a person reads it: the prompt, and after a bar what the model wrote."""
-    text = sample["prompt"] + "\u2502" + sample["text"]
+    both = sample["prompt"] + "\u2502" + sample["text"]
     note = f"seed {sample['seed']}, {sample['tokens']} tokens, {sample['finish_reason']}"
-    return f"--- sample {number + 1} of {count}: {note}\n{printable(text) if sys.stdout.isatty() else text}"
+    return f"--- sample {number + 1} of {count}: {note}\n{text.printable(both) if sys.stdout.isatty() else both}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,9 +19,7 @@ class RopeScaling:
     type: Literal["linear", "ntk", "dynamic_ntk", "yarn", "llama3"]
     factor: float  # new length / original length
     original_length: int = 0  # positions trained before scaling; all but linear and ntk need it
-    low_frequency_factor: float = (
-        1.0  # llama3: wavelengths above original_length / this are divided by factor
-    )
+    low_frequency_factor: float = 1.0  # llama3: wavelengths above original_length / this are divided by factor
     high_frequency_factor: float = 4.0  # llama3: wavelengths below original_length / this are kept
     beta_fast: float = 32.0  # yarn: dimensions that turn more often than this over original_length are kept
     beta_slow: float = 1.0  # yarn: dimensions that turn less often than this are divided by factor
@@ -89,15 +87,7 @@ class ModelConfig:
 
 def check_model(model: ModelConfig, where: str = "config.model") -> None:
     """Refuse impossible architectures; also for models that come from elsewhere (`where` names the source)."""
-    sizes = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-    )
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
     check_positive({f"{where}.{name}": getattr(model, name) for name in (*sizes, "rope_theta", "norm_eps")})
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(

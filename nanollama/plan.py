@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 
-from nanollama import config as configs
-from nanollama.charts import amount
+from nanollama import config_files
 from nanollama.config import Config, ConfigError
 from nanollama.data.files import DataError, write_json
 from nanollama.data.strict import FieldError
@@ -26,6 +25,8 @@ from nanollama.parallel import backend
 from nanollama.parallel.mesh import mesh_sizes
 from nanollama.planning import aot, here, knobs, memory, roofline, shardings, targets
 from nanollama.planning.targets import GIB, Target
+from nanollama.quantities import amount, duration
+from nanollama.training.step import check_rows
 
 _MEMORY_ROWS = ("parameters", "optimizer", "batch", "gradients", "activations", "workspace")
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             value = getattr(options, name)
             if value is not None and not 0 <= value < math.inf:
                 raise FieldError(f"--{name}", f"{value:g}", "Give 0 or more.")
-        config = configs.load(options.config, configs.overrides(rest))
+        config = config_files.load(options.config, config_files.overrides(rest))
         target = here.this_machine(config) if options.target == "cpu" else targets.parse(options.target)
         if options.shardings:
             print(shardings.table(config, mesh_sizes(config.mesh, target.count)))
@@ -114,14 +115,12 @@ class Verdict:
 
 def _rows_refused(config: Config, sizes: dict[str, int]) -> ConfigError | None:
     """What the train step would say where the rows do not divide over the devices."""
-    shards = memory.batch_shards(sizes) * config.batch.micro_batches
-    if config.determinism != "elastic" and config.batch.global_rows % shards:
-        return ConfigError(
-            "config.batch.global_rows",
-            f"{config.batch.global_rows} is not divisible by micro_batches={config.batch.micro_batches} x "
-            f"{memory.batch_shards(sizes)} devices with rows of their own",
-            f"Use a multiple of {shards}, or fewer micro-batches.",
-        )
+    if config.determinism == "elastic":  # there each micro-batch is whole on one device
+        return None
+    try:
+        check_rows(config, sizes)
+    except ConfigError as error:
+        return error
     return None
 
 
@@ -247,19 +246,11 @@ def _time_lines(v: Verdict) -> list[str]:
     return [
         f"step       {time.total:.3g} s at best, limited by {time.limit} ({shown})",
         f"run        {v.config.steps:,} steps: {cost.tokens_per_second:,.0f} tokens/s, "
-        f"{cost.tokens_per_second * 86400 / 1e9:,.4g} billion a day, MFU {cost.mfu:.0%}, {_duration(cost.days)}",
+        f"{cost.tokens_per_second * 86400 / 1e9:,.4g} billion a day, MFU {cost.mfu:.0%}, {duration(cost.days * 86400)}",
         f"cost       ${cost.dollars:,.2f}, {amount(cost.kilowatt_hours)} kWh, {amount(cost.carbon)} kg CO2 "
         f"({device.watts:g} W a device x {targets.OVERHEAD} for hosts and cooling)",
         f"           {MFU_CONVENTION}",
     ]
-
-
-def _duration(days: float) -> str:
-    """In the unit that suits it."""
-    for unit, length in (("days", 1), ("hours", 24), ("minutes", 24 * 60)):
-        if days * length >= 1:
-            return f"{amount(days * length)} {unit}"
-    return f"{amount(days * 86400)} seconds"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 from nanollama.data.files import DataError, Lock, read_json
 from nanollama.data.strict import FieldError, nearest
+from nanollama.quantities import duration
 from nanollama.stages import Gate, Run, Stage, load_pipeline, this_python
 from nanollama.supervise import kill_left_over, supervise
 
@@ -150,13 +151,6 @@ def describe(run: Run) -> None:
             state = "waits for an earlier stage"
         print(f"[{index + 1}/{len(run.pipeline.stages)}] {stage.name}: {stage.about} ({state})")
         print(f"  $ {shlex.join(run.command(stage))}")
-
-
-def duration(seconds: float) -> str:
-    """`75.2` -> `1 min 15 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return " ".join(filter(None, [f"{hours} h" * bool(hours), f"{minutes} min" * bool(minutes), f"{rest} s"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

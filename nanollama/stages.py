@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nanollama
-from nanollama import config as configs
+from nanollama.config_files import load_file
 from nanollama.data.files import DataError, read_json, sha256_file, sha256_json, write_json
 from nanollama.data.strict import FieldError, from_mapping
 
@@ -44,9 +44,7 @@ class Stage:
     command: tuple[str, ...]
     outputs: tuple[str, ...]  # files and directories that exist afterwards
     inputs: tuple[str, ...] = ()  # files, directories, config files (FILE.py or FILE.py:arg)
-    continues: str = (
-        ""  # what the command goes on from; moved aside when the key changes, so that it starts anew
-    )
+    continues: str = ""  # what the command goes on from; moved aside when the key changes, so that it starts anew
     gate: Gate | None = None
 
 
@@ -92,7 +90,7 @@ class Run:
     def input_hash(self, text: str) -> str | None:
         """Content hash of an input; a config file counts as the values it returns, whatever its layout."""
         if text.partition(":")[0].endswith(".py"):
-            return sha256_json(configs.plain(configs.load_file(text)))
+            return sha256_json(load_file(text))
         return self.content_hash(Path(text))
 
     def content_hash(self, path: Path) -> str | None:
@@ -138,7 +136,7 @@ class Run:
 
 def load_pipeline(spec: str) -> Pipeline:
     """The pipeline of a file `get_config(arg)`, checked. Errors: FieldError with field, value and fix."""
-    pipeline = from_mapping(Pipeline, configs.plain(configs.load_file(spec)), "pipeline")
+    pipeline = from_mapping(Pipeline, load_file(spec), "pipeline")
     names = [stage.name for stage in pipeline.stages]
     for index, stage in enumerate(pipeline.stages):
         where = f"pipeline.stages[{index}]"

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nanollama import config as configs
+from nanollama import config_files
 from nanollama.config import Config, ConfigError, as_dict
 from nanollama.data.files import DataError, Lock, read_json
 from nanollama.data.loader import Loader
 from nanollama.data.mixture import open_mixture
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer, load_tokenizer
 from nanollama.experiments import run_folder
 from nanollama.models.accounting import count_parameters, flops_per_token
 from nanollama.models.decoder import Decoder
@@ -88,7 +88,7 @@ def train(config: Config, workdir: Path, *, resume: bool = False, given: str = "
         if done:
             say(f"{workdir}: done at step {start}")
             return True
-        tokenizer = Tokenizer.load(workdir / "tokenizer")
+        tokenizer = load_tokenizer(workdir / "tokenizer")
 
         # 1. The state: from the newest good checkpoint, from another run's, or born sharded.
         source_tokens = np.zeros(len(loader.sources), np.int64)
@@ -228,8 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     several.add_argument("--join-timeout", type=float, default=300.0, help="seconds to wait for all (%(default)s)")
     options, rest = parser.parse_known_args(arguments)
     try:
-        overrides = configs.overrides(rest)
-        config = configs.load(options.config, overrides)
+        overrides = config_files.overrides(rest)
+        config = config_files.load(options.config, overrides)
         workdir, given = options.workdir or Path("runs") / config.name, run_folder.as_given(options.config, overrides)
         place = distributed.find(options.coordinator, options.processes, options.process)
         with distributed.join(place, run_folder.facts(config), options.join_timeout) as team:

@@ -22,7 +22,7 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
 # Tests of files, texts and pages, which know nothing of the Python or JAX they run on.
-NOT_CORE = {"test_docs", "test_report", "test_report_browser", "test_quickstart"}
+NOT_CORE = {"test_docs", "test_report", "test_quickstart"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from nanollama.config import ComputeConfig, ModelConfig
 from nanollama.export.weights import (
@@ -19,7 +20,6 @@ from nanollama.export.weights import (
     TensorInfo,
     adopt,
     check_tensors,
-    nested,
     parameter_shapes,
     publish,
     published_tensors,
@@ -220,7 +220,8 @@ def load(name: str) -> Case:
     weights = Seeded(tensors)
     check_tensors(weights, tensors, model.tie_embeddings)
     shapes = parameter_shapes(model)
-    params = nested({path: parts.whole(shapes[path]) for path, parts in adopt(weights, tensors, model).items()})
+    whole = {path: parts.whole(shapes[path]) for path, parts in adopt(weights, tensors, model).items()}
+    params = unflatten_dict(whole, sep="/")
     exported = Exported(model) if family.exported is None else family.exported(model)
     given, written = weights.arrays, tensors
     if family.exported is not None:

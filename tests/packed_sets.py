@@ -21,7 +21,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from nanollama.data import packed
 from nanollama.data.files import sha256_file, write_json
 from nanollama.data.format import Record, encode_record
-from nanollama.data.tokenizer import Tokenizer, freeze
+from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece
+from nanollama.data.tokenizer import Tokenizer
 
 _SUBJECTS = ("the loader", "a model", "every row", "one document", "the tokenizer", "a checkpoint", "my cat")
 _VERBS = ("reads", "packs", "holds", "forgets", "repeats", "shuffles", "counts", "eats")
@@ -54,7 +55,7 @@ def _tokenizer_model(vocab_size: int) -> bytes:
 
 def make_tokenizer(directory: str | os.PathLike[str], vocab_size: int = 400) -> Tokenizer:
     """A frozen tokenizer of `vocab_size` (310 or more: it has all bytes), trained once per test session."""
-    return freeze(directory, _tokenizer_model(vocab_size), algorithm="bpe", corpus={"made_by": "tests"})
+    return freeze_sentencepiece(directory, _tokenizer_model(vocab_size), algorithm="bpe", corpus={"made_by": "tests"})
 
 
 def random_documents(count: int, vocab_size: int, seed: int, longest: int) -> list[np.ndarray]:

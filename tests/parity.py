@@ -24,11 +24,11 @@ import numpy as np
 import torch
 import transformers
 from family_cases import CASES, GOLDEN, GREEDY, LAYOUTS, Case, Results, gradient_error, load, ours, prompt, rows
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from nanollama.export.huggingface import export
 from nanollama.export.import_huggingface import import_model
-from nanollama.export.weights import nested
 from nanollama.models.families import FAMILIES
 from nanollama.training.checkpoint import restore_numpy
 
@@ -115,7 +115,7 @@ def round_trip(case: Case, model: Any) -> float:
         difference = max(float(np.abs(before[name] - after[name]).max()) for name in after)
         assert all(name in after or name == "lm_head.weight" for name in before)
         saved = restore_numpy(folder / "run")["params"]
-        difference += float(np.abs(saved["embedding"] - nested(case.params)["embedding"]).max())
+        difference += float(np.abs(saved["embedding"] - unflatten_dict(case.params, sep="/")["embedding"]).max())
         loaded = from_folder(folder / "exported")
         tokens = torch.tensor(rows("padded", case.model.vocab_size)["tokens"])[:1].long()
         forget(model)

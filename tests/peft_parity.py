@@ -34,7 +34,7 @@ from nanollama.config import (
     PackedSetConfig,
     as_dict,
 )
-from nanollama.data.tokenizer import copy_tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer
 from nanollama.export.add_tokens import extend
 from nanollama.export.huggingface import export
 from nanollama.export.imported import save_run

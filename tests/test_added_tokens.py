@@ -15,10 +15,11 @@ from test_initial import MODEL, OLD, random_run
 from nanollama.config import ConfigError
 from nanollama.data.added_tokens import CHAT_TOKENS, add_tokens
 from nanollama.data.files import DataError
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
+from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer
 from nanollama.export.add_tokens import extend
 from nanollama.export.add_tokens import main as command
-from nanollama.export.tokenizer_json import tokenizer_json
+from nanollama.export.sentencepiece_json import tokenizer_json_of_sentencepiece
 from nanollama.generation.engine import Engine
 from nanollama.models.decoder import head
 from nanollama.ops.losses import cross_entropy_reference, cross_entropy_sums, token_log_probs
@@ -73,7 +74,7 @@ def test_what_cannot_be_added_is_refused(source: Tokenizer, tmp_path: Path) -> N
 def test_exported_as_tokenizer_json(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers", reason="needs the extra [hub-tokenizers]")
     added = add_tokens(make_tokenizer(tmp_path / "source", OLD), tmp_path / "added")
-    file = tokenizer_json((added.directory / "tokenizer.model").read_bytes(), add_bos=False)
+    file = tokenizer_json_of_sentencepiece((added.directory / "tokenizer.model").read_bytes(), add_bos=False)
     theirs = tokenizers.Tokenizer.from_buffer(file)
     assert theirs.encode(TURN, add_special_tokens=False).ids == added.encode_markup(TURN)
     assert theirs.get_vocab_size() == added.vocab_size

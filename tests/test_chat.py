@@ -24,6 +24,7 @@ from nanollama import generate as generate_program
 from nanollama.chat import Chat
 from nanollama.config import CheckpointConfig, ComputeConfig, as_dict, resolve
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 from nanollama.generation import command_line
 from nanollama.generation.engine import Engine
 from nanollama.generation.loading import load_model
@@ -66,7 +67,7 @@ def engine(run: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def tokenizer(run: Path) -> Tokenizer:
-    return Tokenizer.load(run / "tokenizer")
+    return load_tokenizer(run / "tokenizer")
 
 
 # --- text as it comes
@@ -194,7 +195,7 @@ def test_absent_checkpoints_and_other_tokenizers_are_refused(
         assert "no good checkpoint there" in capsys.readouterr().err
         assert program.main([f"--checkpoint={run}", f"--tokenizer={other.directory}", *prompt]) == 2
         error = capsys.readouterr().err
-        assert other.sha256 in error and Tokenizer.load(run / "tokenizer").sha256 in error
+        assert other.sha256 in error and load_tokenizer(run / "tokenizer").sha256 in error
         assert f"--tokenizer={run / 'tokenizer'}" in error, "the way to mend it"
 
 

@@ -20,7 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from data_pipeline.mixtures.load import load_mixture
-from nanollama import config
+from nanollama import config_files
 from nanollama.stages import load_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +84,7 @@ def check_module(module, arguments):
         if path.endswith(".yaml"):
             load_mixture(path)
     if "--config" in values and not values["--config"].endswith(".yaml"):
-        config.load(values["--config"], overrides)
+        config_files.load(values["--config"], overrides)
     if "--pipeline" in values:
         names = [stage.name for stage in load_pipeline(values["--pipeline"]).stages]
         assert {values.get("--force", names[0]), values.get("--from", names[0])} <= set(names)

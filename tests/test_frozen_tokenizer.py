@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from packed_sets import make_texts, make_tokenizer
 
 from nanollama.data.files import DataError
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer, freeze, normalized_sha256
+from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece, normalized_sha256
+from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer, load_tokenizer
 
 HARD_TEXTS = ["", " ", "  a\n\n\t b ", "a\u2581b\u2581", "\u2581", "x\x00y", "<s></s><unk><pad> <0x41>",
               "\ufeff", "\ufffd", "h\u00e9llo \u65e5\u672c\u8a9e \U0001f600\u200d\u2028\r\n",
@@ -67,7 +69,7 @@ def test_one_changed_byte_stops_with_both_hashes(tokenizer: Tokenizer, tmp_path:
     data[len(data) // 2] ^= 1
     model.write_bytes(data)
     with pytest.raises(DataError) as error:
-        Tokenizer.load(tmp_path / "t")
+        load_tokenizer(tmp_path / "t")
     for part in (tokenizer.sha256, hashlib.sha256(data).hexdigest(), "data_pipeline.tokenizer"):
         assert part in str(error.value)
 
@@ -82,12 +84,12 @@ def test_a_manifest_that_lies_is_refused(tokenizer: Tokenizer, tmp_path: Path, c
     manifest = {name: value for name, value in {**tokenizer.manifest, **change}.items() if value is not None}
     (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=problem):
-        Tokenizer.load(tmp_path / "t")
+        load_tokenizer(tmp_path / "t")
 
 
 def test_a_missing_tokenizer_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file.*data_pipeline\.tokenizer"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_require_names_both_hashes_and_the_mending(tokenizer: Tokenizer) -> None:
@@ -138,4 +140,4 @@ def test_normalized_hash_is_that_of_the_protobuf_library() -> None:
 
 def test_a_model_without_pad_cannot_be_frozen(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lacks special tokens"):
-        freeze(tmp_path, train(pad_id=-1), algorithm="bpe", corpus={})
+        freeze_sentencepiece(tmp_path, train(pad_id=-1), algorithm="bpe", corpus={})

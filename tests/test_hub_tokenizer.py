@@ -15,7 +15,8 @@ import sentencepiece
 from nanollama.chat import Conversation
 from nanollama.data.chat_template import render
 from nanollama.data.files import DataError
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
+from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer, load_tokenizer
 from nanollama.generation.engine import Delta
 from nanollama.generation.sampling import SamplingConfig
 
@@ -71,7 +72,7 @@ def test_changed_or_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "one" / "tokenizer.json"
     path.write_text(path.read_text().replace("<|begin|>", "<|Begin|>"))
     with pytest.raises(DataError, match="changed after it was frozen"):
-        Tokenizer.load(tmp_path / "one")
+        load_tokenizer(tmp_path / "one")
 
 
 @pytest.mark.parametrize(("kind", "options"), [
@@ -82,7 +83,7 @@ def test_changed_or_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
 def test_sentencepiece_as_tokenizer_json(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     import tokenizers
 
-    from nanollama.export.tokenizer_json import tokenizer_json
+    from nanollama.export.sentencepiece_json import tokenizer_json_of_sentencepiece
 
     text = Path(sentencepiece.__file__).read_text(encoding="utf-8").splitlines()[:800]
     (tmp_path / "text").write_text("\n".join(text))
@@ -91,7 +92,7 @@ def test_sentencepiece_as_tokenizer_json(tmp_path: Path, kind: str, options: dic
         byte_fallback=True, minloglevel=2, hard_vocab_limit=False, **options)  # fmt: skip
     model = (tmp_path / "m.model").read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    made = tokenizers.Tokenizer.from_buffer(tokenizer_json(model, add_bos=True))
+    made = tokenizers.Tokenizer.from_buffer(tokenizer_json_of_sentencepiece(model, add_bos=True))
     made.encode_special_tokens = True
     for line in [*text, *TEXTS]:
         ids = made.encode(line, add_special_tokens=False).ids
@@ -145,14 +146,14 @@ def test_conversation_fills_the_template(tmp_path: Path) -> None:
 
 
 def test_gguf_tokenizer_is_refused_by_its_key() -> None:
-    from nanollama.export.gguf_tokenizer import tokenizer_json_of
+    from nanollama.export.gguf_tokenizer import tokenizer_json_of_gguf
 
     base = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.merges": ["a b"]}
-    assert json.loads(tokenizer_json_of(base, "x"))["model"]["merges"] == [["a", "b"]]
+    assert json.loads(tokenizer_json_of_gguf(base, "x"))["model"]["merges"] == [["a", "b"]]
     with pytest.raises(DataError, match=r"tokenizer.ggml.pre is 'tekken'"):
-        tokenizer_json_of({**base, "tokenizer.ggml.pre": "tekken"}, "x")
+        tokenizer_json_of_gguf({**base, "tokenizer.ggml.pre": "tekken"}, "x")
     with pytest.raises(DataError, match=r"tokenizer.ggml.model is 'llama'"):
-        tokenizer_json_of({**base, "tokenizer.ggml.model": "llama"}, "x")
+        tokenizer_json_of_gguf({**base, "tokenizer.ggml.model": "llama"}, "x")
 
 
 # --- tiktoken files ---

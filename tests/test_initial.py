@@ -16,6 +16,7 @@ from nanollama import train as front_door
 from nanollama.config import Config, ConfigError, MeshConfig, ModelConfig, resolve
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 from nanollama.export.add_tokens import extend
 from nanollama.export.huggingface import export
 from nanollama.export.import_huggingface import import_model
@@ -52,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer(folder / "old_tokenizer", OLD)
     random_run(folder / "base", tokenizer)
     extend(folder / "base", folder / "extended", chat_template="{{ messages }}", say=lambda line: None)
-    make_packed_set(folder / "packed", tokenizer=Tokenizer.load(folder / "extended/tokenizer"), documents=100)
+    make_packed_set(folder / "packed", tokenizer=load_tokenizer(folder / "extended/tokenizer"), documents=100)
     return folder
 
 
@@ -154,7 +155,7 @@ def test_export_merged_strips_the_padding(data: Path, adapters: Path, tmp_path: 
     query = np.asarray(merged["layers"]["query"][0]).reshape(32, -1).T
     np.testing.assert_allclose(tensors.read("model.layers.0.self_attn.q_proj.weight"), query, atol=1e-6)
     again = import_model(tmp_path / "out", tmp_path / "again", say=lambda line: None)
-    tokenizer = Tokenizer.load(again / "tokenizer")
+    tokenizer = load_tokenizer(again / "tokenizer")
     assert (tokenizer.vocab_size, tokenizer.chat_template) == (NEW, "{{ messages }}")
     assert tokenizer.encode_markup("<|im_start|>a") == [OLD, *tokenizer.encode("a")]
 
@@ -189,7 +190,7 @@ def test_a_base_is_proved_by_its_hash(data: Path, adapters: Path, tmp_path: Path
     shutil.copytree(data / "extended", alone / "extended")  # found beside the run
     assert initial._find_base(metadata, folder.parent).parent.parent == alone / "extended"
     shutil.rmtree(alone / "extended")
-    random_run(alone / "extended", Tokenizer.load(data / "extended/tokenizer"), config_of(data).model, seed=1)
+    random_run(alone / "extended", load_tokenizer(data / "extended/tokenizer"), config_of(data).model, seed=1)
     with pytest.raises(CheckpointError, match="is not the base of the adapters"):
         initial._find_base(metadata, folder.parent)
 
@@ -213,7 +214,7 @@ def test_parameters_are_read_onto_any_mesh(data: Path, mesh: MeshConfig, determi
 
 def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:
     config = config_of(data)
-    tokenizer = Tokenizer.load(data / "extended/tokenizer")
+    tokenizer = load_tokenizer(data / "extended/tokenizer")
     parent = initial.find_parent(config, tokenizer)
     assert parent is not None and parent["hash"] == checkpoint_hash(find_step_folder(data / "extended"))
     longer = dataclasses.replace(config.model, rope_theta=5e5, max_position_embeddings=8192)
@@ -224,7 +225,7 @@ def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="rope_theta"):  # adapters are for the base as it is
         initial.find_parent(dataclasses.replace(config_of(data, lora=LORA), model=longer), tokenizer)
     with pytest.raises(DataError, match="the same ids mean other text"):
-        initial.find_parent(config, Tokenizer.load(data / "old_tokenizer"))
+        initial.find_parent(config, load_tokenizer(data / "old_tokenizer"))
     with pytest.raises(ConfigError, match=r"config\.initial_checkpoint"):
         initial.find_parent(dataclasses.replace(config, initial_checkpoint=str(tmp_path)), tokenizer)
     random_run(tmp_path / "untold", None, config.model)

@@ -10,9 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from nanollama.config import LoggingConfig
+from nanollama.config import ConfigError, LoggingConfig
 from nanollama.training import metrics
-from nanollama.training.metric_sinks import MetricsError
 from nanollama.training.metrics import MetricsLog, Throughput, read_metrics
 
 QUIET = LoggingConfig(tensorboard=False, every=10)
@@ -131,13 +130,6 @@ def test_console_lines_say_what_a_person_needs(tmp_path):
     assert [step for step in range(25) if log.due(step)] == [0, 1, 10, 20] and log.due(1000)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0.44, "0.4 s"), (9.96, "10 s"), (59.4, "59 s"), (59.7, "1 min 0 s"),
-    (200, "3 min 20 s"), (3600, "1 h 0 min"), (90_000, "1 d 1 h"), (math.inf, "unknown")])
-def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
-
-
 class Clock:
     now = 100.0
 
@@ -215,10 +207,10 @@ def test_missing_package_names_its_extra_and_changes_nothing(tmp_path, monkeypat
         write_steps(log, 1, 8)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MetricsError, match=r"nanollama\[wandb\]"):
+    with pytest.raises(ConfigError, match=r"nanollama\[wandb\]"):
         open_log(tmp_path, 5, LoggingConfig(tensorboard=False, wandb_project="p"))
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(MetricsError, match="tensorboardX"):
+    with pytest.raises(ConfigError, match="tensorboardX"):
         open_log(tmp_path, 5, LoggingConfig())
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

@@ -30,7 +30,7 @@ from data_pipeline.tokenizer import TokenizerConfig, build_tokenizer
 from nanollama.data.files import DataError
 from nanollama.data.format import derive_row
 from nanollama.data.packed import PackedSet, verify
-from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 
 RECORD = 128
 
@@ -70,7 +70,7 @@ def packed(room: Path) -> Path:
 
 def texts_of(packed: Path, room: Path) -> dict[str, list[tuple[str, str, str]]]:
     """{split: [(doc_id, source, text)]} read back from the records, by the tokenizer and docs.parquet."""
-    tokenizer = Tokenizer.load(room / "tokenizer")
+    tokenizer = load_tokenizer(room / "tokenizer")
     opened = PackedSet(packed)
     rows = pyarrow.parquet.read_table(packed / "docs.parquet").to_pylist()
     found = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanollama.run import NO_GO, duration, main
+from nanollama.run import NO_GO, main
 from nanollama.stages import Run, load_pipeline
 
 # a -> b -> c: each copies its input and notes in runs.txt that it ran
@@ -398,7 +398,3 @@ def test_hash_cache_notices_a_change_of_the_same_size(tmp_path, workdir):
     assert runner.content_hash(tmp_path / "nothing") is None
     (tmp_path / "empty").mkdir()
     assert runner.content_hash(tmp_path / "empty") is None
-
-
-def test_duration():
-    assert [duration(s) for s in (0.4, 75.2, 3600, 3661)] == ["0 s", "1 min 15 s", "1 h 0 s", "1 h 1 min 1 s"]

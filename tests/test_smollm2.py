@@ -19,7 +19,7 @@ import pytest
 from nanollama.config import ComputeConfig, ModelConfig
 from nanollama.data.chat_template import render
 from nanollama.data.strict import from_mapping
-from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 from nanollama.models.decoder import Decoder, head, init_cache
 from nanollama.training.checkpoint import restore_params
 
@@ -63,7 +63,7 @@ def model(run: Path) -> Any:
 
 
 def test_tokenizer_is_the_published_one(run: Path) -> None:
-    tokenizer = Tokenizer.load(run / "tokenizer")
+    tokenizer = load_tokenizer(run / "tokenizer")
     for case in REFERENCE["cases"]:
         assert tokenizer.encode_markup(case["prompt"]) == case["prompt_ids"]
     published = json.loads(gzip.decompress((SHARED / "smollm2_tokenizer.json.gz").read_bytes()))
@@ -78,7 +78,7 @@ def test_tokenizer_is_the_published_one(run: Path) -> None:
 
 
 def test_chat_template_makes_the_published_prompt(run: Path) -> None:
-    tokenizer = Tokenizer.load(run / "tokenizer")
+    tokenizer = load_tokenizer(run / "tokenizer")
     assert tokenizer.chat_template is not None
     messages = [{"role": "user", "content": "What is gravity? Answer in one sentence."}]
     text = render(tokenizer.chat_template, messages, add_generation_prompt=True)
@@ -87,7 +87,7 @@ def test_chat_template_makes_the_published_prompt(run: Path) -> None:
 
 def test_logits_and_greedy_text(run: Path, model: Any) -> None:
     config, step, _ = model
-    tokenizer = Tokenizer.load(run / "tokenizer")
+    tokenizer = load_tokenizer(run / "tokenizer")
     width = max(len(case["prompt_ids"]) for case in REFERENCE["cases"])
     rows, positions, first = (np.zeros((4, width), np.int32) for _ in range(3))
     for row, case in enumerate(REFERENCE["cases"]):  # padded on the left, as the sampler does

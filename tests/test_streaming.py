@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorstore
+from flax.traverse_util import unflatten_dict
 from packed_sets import make_tokenizer
 from test_initial import random_run
 
@@ -28,7 +29,7 @@ from nanollama.export.add_tokens import extend
 from nanollama.export.huggingface import export
 from nanollama.export.import_huggingface import import_model
 from nanollama.export.safetensors_file import SafetensorsDirectory
-from nanollama.export.weights import nested, parameter_shapes
+from nanollama.export.weights import parameter_shapes
 from nanollama.training import checkpoint, stored_parameters
 from nanollama.training.checkpoint import Checkpoints, find_step_folder
 from nanollama.training.integrity import checkpoint_hash
@@ -102,7 +103,7 @@ def trained(folder: Path, params: dict[str, np.ndarray], **changes: Any) -> Path
     data = DataConfig((PackedSetConfig("none"),), "none", 64)
     metadata = {"config": as_dict(Config("mixture", 1, MIXTURE, data, BatchConfig(1))), "tokenizer": "", **changes}
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(asynchronous=False))
-    checkpoints.save(1, {"params": nested(params), "step": np.ones((), np.int32)}, metadata)
+    checkpoints.save(1, {"params": unflatten_dict(params, sep="/"), "step": np.ones((), np.int32)}, metadata)
     checkpoints.close()
     return folder
 

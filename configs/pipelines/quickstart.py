@@ -5,7 +5,7 @@ Run by `make quickstart`; each command also works alone. `quickstart.py:tiny` sh
 
 from ml_collections import ConfigDict
 
-from nanollama.config import load, parse_arg
+from nanollama.config_files import load, parse_arg
 
 MIXTURE = "configs/mixtures/quickstart.yaml"
 PROMPTS = "configs/prompts/quickstart.json"

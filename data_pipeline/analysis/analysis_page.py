@@ -17,7 +17,8 @@ import nanollama
 from data_pipeline.analysis.estimate import ACCELERATORS
 from data_pipeline.analysis.facts import Analysis, Lengths
 from data_pipeline.curation.cards import size
-from nanollama.charts import NARROW, WIDE, Frame, Scale, amount, number, ticks
+from nanollama.charts import NARROW, WIDE, Frame, Scale, number, ticks
+from nanollama.quantities import amount, duration, percent, si
 
 LISTED = 12  # languages, and reasons of a dataset, shown one by one
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
@@ -30,7 +31,8 @@ def render(facts: dict[str, Any], analysis: Analysis, formulas: Sequence[tuple[s
     page, style = ((templates / f"analysis.{end}").read_text("utf-8") for end in ("html", "css"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(size=size, count=lambda value: "?" if value is None else f"{value:,.0f}",
-                               tokens=_tokens, percent=_percent, breakable=_breakable, passes=_passes,
+                               tokens=lambda value: "?" if value is None else si(value),
+                               percent=percent, breakable=_breakable, passes=_passes,
                                length=lambda value: f"{value:,.0f}",
                                amount=lambda value: "?" if value is None else amount(value))
     lengths = _all_lengths(analysis)
@@ -42,7 +44,7 @@ def render(facts: dict[str, Any], analysis: Analysis, formulas: Sequence[tuple[s
         histogram=histogram(lengths), lengths=lengths, languages=_languages(facts), yields=_yields(facts),
         result=facts["estimate"]["result"], inputs=facts["estimate"]["inputs"], formulas=formulas,
         accelerator=ACCELERATORS[facts["estimate"]["inputs"]["accelerator"]], version=nanollama.__version__,
-        duration=_duration(facts["estimate"]["result"]["seconds"]))
+        duration=duration(facts["estimate"]["result"]["seconds"]))
 
 
 def histogram(lengths: Lengths, frames: Sequence[Frame] = (WIDE, NARROW)) -> Markup | None:
@@ -149,25 +151,5 @@ def _breakable(name: str) -> Markup:
     return Markup("<wbr>").join(part for part in re.split(r"(?<=[_-])", name) if part)
 
 
-def _tokens(value: float | None) -> str:
-    if value is None:
-        return "?"
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value:.0f}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}" if value >= 0.0995 or value == 0 else f"{value:.2%}"
-
-
 def _passes(value: float | None) -> str:
     return "?" if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:,.1f} seconds"

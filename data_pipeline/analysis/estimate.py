@@ -8,9 +8,9 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from nanollama.charts import amount
 from nanollama.data.files import DataError
 from nanollama.data.strict import nearest
+from nanollama.quantities import amount
 
 
 class Accelerator(NamedTuple):

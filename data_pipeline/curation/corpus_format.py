@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 from nanollama.data.files import DataError, read_json, sha256_file
 
 MANIFEST, CARD, DROPPED, SHARDS = "manifest.json", "DATA_CARD.md", "dropped.jsonl", "shards"
+DECISIONS = "decisions"
+INDEX = f"{DECISIONS}/index.json"  # where the decisions about every row are
 SHARD_BYTES = 64_000_000
 SCHEMA_VERSION = 1
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline.curation import account, cards, corpus_format, whole
 from data_pipeline.curation.account import Counts
-from data_pipeline.curation.curate import FilterTask, filter_plans, filter_task, judge_shard
+from data_pipeline.curation.curate import FilterPlan, FilterTask, filter_plans, filter_task, judge_shard
 from data_pipeline.curation.download import (
     ReadResult,
     ReadTask,
@@ -39,7 +39,7 @@ from data_pipeline.sources.dataset import DatasetConfig, format_of
 from nanollama.data.files import DataError, sha256_file, sha256_json, write_atomic, write_json
 
 STAGE_VERSION = 2  # raise it when the same inputs would give other bytes
-DECISIONS, CACHE, INDEX = "decisions", ".cache", "decisions/index.json"
+CACHE = ".cache"
 LISTED_INPUTS = 100  # a manifest names the inputs one by one up to this many
 SHOWN_DROPS = 5  # bad rows printed per dataset; all are in dropped.jsonl
 
@@ -51,7 +51,7 @@ class Plan:
     mixture: MixtureConfig
     parts: list[list[tuple[Part, list[Input]]]]  # per dataset
     inputs: list[dict[str, Any]]  # per dataset, for the manifest
-    filters: dict[str, Any]  # dataset -> its FilterPlans
+    filters: dict[str, tuple[FilterPlan, ...]]  # by dataset
     steps: tuple[whole.StepPlan, ...]
     head: dict[str, Any]  # of the manifest
 
@@ -89,7 +89,7 @@ class Run:
     def __init__(self, plan: Plan, output: Path, executor: Executor, progress: Progress):
         self.plan, self.output, self.executor, self.progress = plan, output, executor, progress
         self.datasets = plan.mixture.datasets
-        self.decisions, self.cache = output / DECISIONS, output / CACHE
+        self.decisions, self.cache = output / corpus_format.DECISIONS, output / CACHE
         self._shown: dict[str, int] = {}
         self._told: dict[str, str] = {}
         self._wanted = {dataset.name: (dataset.max_bytes or 0) + 1 for dataset in self.datasets if reads_head(dataset)}
@@ -205,7 +205,7 @@ class Run:
         for plan in [plan for plan in self.plan.steps if plan.section in sections]:
             done = 0
 
-            def report(number: int, name: str = plan.type, total: int = len(shards)) -> None:
+            def report(name: str = plan.type, total: int = len(shards)) -> None:
                 nonlocal done
                 done += 1
                 self.progress.update(name, done / total, f"{done} of {total} shards")
@@ -257,8 +257,8 @@ class Run:
         dropped = self.output / corpus_format.DROPPED
         _joined([Path(task.path) for task in drops], dropped)
         manifest["dropped"] = {"path": corpus_format.DROPPED, "sha256": sha256_file(dropped)}
-        write_json(self.output / INDEX, self._index(shards))
-        manifest["decisions"] = {"path": INDEX, "sha256": sha256_file(self.output / INDEX)}
+        write_json(self.output / corpus_format.INDEX, self._index(shards))
+        manifest["decisions"] = {"path": corpus_format.INDEX, "sha256": sha256_file(self.output / corpus_format.INDEX)}
         manifest["steps"] = [plan.account(self.cache) for plan in self.plan.steps]
         write_atomic(self.output / corpus_format.CARD, cards.corpus_card(manifest))
         self._tidy(shards)
@@ -285,7 +285,7 @@ class Run:
     def _tidy(self, shards: list[Shard]) -> None:
         """Remove what this corpus was not made from, and what can only be used once."""
         sidecars = [sidecar for shard in shards for sidecar in shard.sidecars]
-        kept = {Path(sidecar.path) for sidecar in sidecars} | {self.output / INDEX}
+        kept = {Path(sidecar.path) for sidecar in sidecars} | {self.output / corpus_format.INDEX}
         kept |= {Path(self._rows_path(shard)) for shard in shards}
         kept |= {Path(sidecar.texts) for sidecar in sidecars if sidecar.texts}
         kept |= {Path(shard.path).with_suffix(suffix) for shard in shards for suffix in (".parquet", ".json")}

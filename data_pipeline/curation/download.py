@@ -10,11 +10,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.curation.shards import RawWriter, Shard, write_marker
+from data_pipeline.curation.shards import RawWriter, Shard
 from data_pipeline.sources import Part, State
 from data_pipeline.sources.dataset import DatasetConfig, format_of
 from data_pipeline.text.documents import Bad
-from nanollama.data.files import DataError, sha256_json
+from nanollama.data.files import DataError, sha256_json, write_json
 from nanollama.data.strict import to_mapping
 
 STAGE_VERSION = 1  # raise it when the same inputs would give other rows
@@ -147,7 +147,7 @@ def _read_on(task: ReadTask, directory: Path, markers: list[dict[str, Any]], sho
                   "characters": writer.characters, "bad": writer.bad, "last": item is None,
                   "state": state if item is not None else None, "read": reader.bytes_read,
                   "file_bytes": path.stat().st_size}
-        write_marker(_marker_path(directory, len(markers)), marker)
+        write_json(_marker_path(directory, len(markers)), marker)
         markers.append(marker)
         if _enough(markers, task.wanted):
             return

@@ -22,11 +22,11 @@ from data_pipeline.curation.shards import (
     Shard,
     read_columns,
     read_slices,
-    write_marker,
     write_table,
 )
+from data_pipeline.engine.stage import finished_file, mark_finished
 from data_pipeline.text.documents import text_digest
-from nanollama.data.files import read_json, sha256_json, write_atomic
+from nanollama.data.files import sha256_json, write_atomic
 
 STAGE_VERSION = 1  # raise it when the same documents would give other bytes
 WISHED_AWAY = (OVER_CAP, NOT_SAMPLED)  # reasons that are not listed row by row
@@ -102,11 +102,9 @@ def plan_outputs(shards: Iterable[tuple[Shard, Facts]], cache: Path, origins: bo
 
 def write_output(task: OutputTask) -> dict[str, Any]:
     """Write one file unless it is there; returns {bytes, sha256, documents}."""
-    path, marker = Path(task.path), Path(task.path).with_suffix(".json")
-    if marker.exists() and path.exists():
-        known: dict[str, Any] = read_json(marker)
-        if path.stat().st_size == known["bytes"]:
-            return known
+    path = Path(task.path)
+    if (known := finished_file(path)) is not None:
+        return known
     with ShardWriter(path) as writer:
         for piece in task.pieces:
             shard = piece.shard
@@ -115,7 +113,7 @@ def write_output(task: OutputTask) -> dict[str, Any]:
                 for row in part.table.iter_rows(named=True):
                     writer.write(f"{shard.dataset}/{row['id']}", row["text"], shard.dataset, _meta(row, rewritten))
     result = {"bytes": writer.bytes, "sha256": writer.sha256, "documents": writer.documents}
-    write_marker(marker, result)
+    mark_finished(path, result)
     return result
 
 

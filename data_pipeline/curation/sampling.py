@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from data_pipeline.curation.shards import Shard, Sidecar, sidecar_table, text_facts, write_table
+from data_pipeline.curation.shards import Shard, sidecar_table, text_facts, write_table
 from data_pipeline.sources.dataset import DatasetConfig
 from data_pipeline.text.documents import hash_fraction
 from nanollama.data.files import sha256_json
@@ -34,12 +34,7 @@ def sample(shards: Sequence[Shard], datasets: Sequence[DatasetConfig], decisions
 def _sample_dataset(dataset: DatasetConfig, shards: list[Shard], decisions: Path) -> list[Shard]:
     settings = [dataset.max_bytes, dataset.cap_order, dataset.sampling.rate, dataset.sampling.seed]
     key = sha256_json([SECTION, STAGE_VERSION, settings, [shard.key for shard in shards]])
-    after = []
-    for shard in shards:
-        own = sha256_json([shard.key, key])
-        file = f"{len(shard.sidecars):02d}-sample-{own[:24]}.parquet"
-        path = decisions / shard.dataset / f"{shard.number:05d}" / file
-        after.append(shard.after(own, Sidecar("sample", SECTION, str(path))))
+    after = [shard.after_step("sample", SECTION, key, decisions) for shard in shards]
     if all(shard.sidecars[-1].is_there() for shard in after):
         return after
     facts = [text_facts(shard) for shard in shards]

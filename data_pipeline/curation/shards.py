@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 from data_pipeline.filters.base import Batch
 from data_pipeline.text.documents import Bad, Document, text_digest
-from nanollama.data.files import DataError, write_json
+from nanollama.data.files import DataError, sha256_json
 
 GROUP_BYTES = 8_000_000  # of text held at once when a shard is written or read
 GROUP_ROWS = 20_000
@@ -76,6 +76,12 @@ class Shard:
     def after(self, key: str, *sidecars: Sidecar) -> "Shard":
         """The shard after further stages."""
         return dataclasses.replace(self, key=key, sidecars=self.sidecars + sidecars)
+
+    def after_step(self, name: str, section: str, step_key: str, decisions: Path) -> "Shard":
+        """The shard after a stage that decides over many shards; `step_key`: hash of all that decides it."""
+        key = sha256_json([self.key, step_key])
+        file = f"{len(self.sidecars):02d}-{name}-{key[:24]}.parquet"
+        return self.after(key, Sidecar(name, section, str(decisions / self.dataset / f"{self.number:05d}" / file)))
 
     @property
     def label(self) -> str:
@@ -147,24 +153,10 @@ def write_table(path: str | os.PathLike[str], table: pyarrow.Table) -> None:
     _into_place(temporary, path)
 
 
-def write_marker(path: Path, value: dict[str, Any]) -> None:
-    """A small JSON file whose presence says that what it tells of is whole."""
-    write_json(path, value)
-
-
-def read_columns(path: str, columns: Sequence[str]) -> pyarrow.Table:
-    """Columns of a raw shard or sidecar. Errors: DataError when it is gone or changed."""
+def read_columns(path: str, columns: list[str] | None = None) -> pyarrow.Table:
+    """Columns, default all, of a raw shard or sidecar. Errors: DataError when it is gone or changed."""
     try:
-        return pyarrow.parquet.read_table(path, columns=list(columns), page_checksum_verification=True,
-                                          use_threads=False)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise _gone(path, error) from error
-
-
-def read_all_columns(path: str) -> pyarrow.Table:
-    """A whole sidecar. Errors: DataError when it is gone or changed."""
-    try:
-        return pyarrow.parquet.read_table(path, page_checksum_verification=True, use_threads=False)
+        return pyarrow.parquet.read_table(path, columns=columns, page_checksum_verification=True, use_threads=False)
     except (OSError, pyarrow.ArrowException) as error:
         raise _gone(path, error) from error
 
@@ -282,7 +274,7 @@ class _Attributes:
         self._columns: dict[str, tuple[np.ndarray, list[Any]]] = {}
         for sidecar in shard.sidecars:
             if sidecar.section in ("filters", "selection"):
-                table = read_all_columns(sidecar.path)
+                table = read_columns(sidecar.path)
                 rows = np.asarray(table.column("row")).astype(np.int64)
                 for name in table.column_names:
                     if name not in ("row", "reason"):

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ import pyarrow.compute
 from data_pipeline.curation.shards import (
     ATTRIBUTES,
     Shard,
-    Sidecar,
     alive_rows,
     read_columns,
     read_slices,
@@ -150,19 +149,21 @@ class FeatureTask:
 
 
 def run_step(plan: StepPlan, shards: Sequence[Shard], datasets: Sequence[DatasetConfig], executor: Executor,
-             decisions: Path, cache: Path, report: Any = None) -> list[Shard]:
-    """The shards after the step. What is there already is not made again. Errors: DataError."""
+             decisions: Path, cache: Path, report: Callable[[], None] = lambda: None) -> list[Shard]:
+    """The shards after the step. What is there already is not made again. Errors: DataError.
+
+    `report` is called after each shard's features.
+    """
     key = sha256_json([plan.key, [[shard.dataset, shard.key] for shard in shards]])
-    after = [_after(shard, plan.type, plan.section, key, decisions) for shard in shards]
+    after = [shard.after_step(plan.type, plan.section, key, decisions) for shard in shards]
     if all(shard.sidecars[-1].is_there() for shard in after):
         return after
     priorities = {dataset.name: number for number, dataset in enumerate(datasets)}
     tasks = [FeatureTask(shard, plan, priorities[shard.dataset],
                          str(cache / "features" / key[:32] / f"{number:06d}.parquet"), plan.prepared(cache))
              for number, shard in enumerate(shards)]
-    for number, _ in executor.run(make_features, tasks):
-        if report is not None:
-            report(number)
+    for _ in executor.run(make_features, tasks):
+        report()
     files = [FeatureFile(Path(task.path), number, task.shard.dataset, Path(task.documents))
              for number, task in enumerate(tasks)]
     work = cache / "work" / key[:32]
@@ -173,12 +174,6 @@ def run_step(plan: StepPlan, shards: Sequence[Shard], datasets: Sequence[Dataset
         _write_step(plan, shard, new, table)
     shutil.rmtree(work, ignore_errors=True)
     return after
-
-
-def _after(shard: Shard, name: str, section: str, step_key: str, decisions: Path) -> Shard:
-    key = sha256_json([shard.key, step_key])
-    file = f"{len(shard.sidecars):02d}-{name}-{key[:24]}.parquet"
-    return shard.after(key, Sidecar(name, section, str(decisions / shard.dataset / f"{shard.number:05d}" / file)))
 
 
 def _write_step(plan: StepPlan, shard: Shard, after: Shard, table: pyarrow.Table) -> None:
@@ -268,10 +263,14 @@ def _id_keys(shard: Shard) -> np.ndarray:
     return np.frombuffer(b"".join(text_digest(one.encode()) for one in ids), np.uint8).reshape(len(ids), 16)
 
 
-def _repeats(name: str, section: str, shards: Sequence[Shard], decisions: Path, keys_of: Any, reason: str,
-             asked: Any) -> list[Shard]:
-    key = sha256_json([name, STAGE_VERSION, [[shard.dataset, shard.key, bool(asked(shard))] for shard in shards]])
-    after = [_after(shard, name, section, key, decisions) for shard in shards]
+def _repeats(name: str, section: str, shards: Sequence[Shard], decisions: Path,
+             keys_of: Callable[[Shard], np.ndarray], reason: str, asked: Callable[[Shard], bool]) -> list[Shard]:
+    """The shards after documents are dropped that have the key of an earlier one, of the shards `asked` for.
+
+    keys_of: of each document that is alive, [n, 16] uint8.
+    """
+    key = sha256_json([name, STAGE_VERSION, [[shard.dataset, shard.key, asked(shard)] for shard in shards]])
+    after = [shard.after_step(name, section, key, decisions) for shard in shards]
     if all(shard.sidecars[-1].is_there() for shard in after):
         return after
     rows = [alive_rows(shard) for shard in shards]
@@ -280,7 +279,7 @@ def _repeats(name: str, section: str, shards: Sequence[Shard], decisions: Path, 
     for number, shard in enumerate(shards):
         mine = np.arange(starts[number], starts[number + 1])
         of = first[starts[number]:starts[number + 1]]
-        repeats = (of != mine) & bool(asked(shard))
+        repeats = (of != mine) & asked(shard)
         ids = _ids_at(np.unique(of[repeats]), shards, rows, starts)
         reasons = pl.Series([reason if repeat else None for repeat in repeats.tolist()], dtype=pl.String)
         originals = pl.Series([ids[int(place)] if repeat else None for place, repeat in
@@ -290,7 +289,8 @@ def _repeats(name: str, section: str, shards: Sequence[Shard], decisions: Path, 
     return after
 
 
-def _first_of_each(shards: Sequence[Shard], keys_of: Any, starts: np.ndarray) -> np.ndarray:
+def _first_of_each(shards: Sequence[Shard], keys_of: Callable[[Shard], np.ndarray],
+                   starts: np.ndarray) -> np.ndarray:
     """For each document the number of the first one with its key. Keys are sorted a part of their range at a time."""
     total = int(starts[-1])
     passes = max(1, -(-total // PASS_DOCUMENTS))

@@ -8,20 +8,18 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.decontaminate.evaluation_sets import LIST, Found, choose, find, read_items
 from data_pipeline.decontaminate.index import WHOLE, Index
+from data_pipeline.filters.base import Batch
 from data_pipeline.filters.corpus_step import FeatureFile, judgement
 from data_pipeline.text import words
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
-
-if TYPE_CHECKING:
-    from data_pipeline.filters.base import Batch
 
 _HIT = pa.struct([("kind", pa.string()), ("set", pa.string()), ("items", pa.list_(pa.string())),
                   ("field", pa.string()), ("position", pa.int32()), ("words", pa.int32()),
@@ -66,7 +64,7 @@ class Decontamination:
             _built(found, *self._sizes).save(directory)
         _opened[found, self._sizes] = Index.load(directory, *self._sizes)
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """One row per hit: row and the hit. Errors: DataError when a set is missing and `missing` is stop."""
         index = self._index()
         rows: list[int] = []
@@ -123,7 +121,7 @@ class Decontamination:
     def _reason(hit: dict[str, Any]) -> str:
         return "canary string" if hit["kind"] == "canary" else f"contaminated by {hit['set']}"
 
-    def _canaries(self, batch: "Batch") -> Iterator[tuple[int, str]]:
+    def _canaries(self, batch: Batch) -> Iterator[tuple[int, str]]:
         marked = batch.text.str.contains(_CANARY).fill_null(False)
         for own in self.canaries:
             marked |= batch.text.str.contains(own, literal=True).fill_null(False)

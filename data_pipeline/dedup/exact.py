@@ -7,18 +7,16 @@ three times as fast (3.4 against 1.1 GB/s), about half a millisecond a megabyte 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.dedup.spool import Documents, Partitions, file_array
+from data_pipeline.filters.base import Batch
 from data_pipeline.filters.corpus_step import FeatureFile
 from data_pipeline.text.documents import text_digest
-
-if TYPE_CHECKING:
-    from data_pipeline.filters.base import Batch
 
 REASON = "exact duplicate"
 _ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("doc", "<i8")])
@@ -31,7 +29,7 @@ class ExactDeduplication:
     type: Literal["exact"] = "exact"
     version: ClassVar[int] = 1
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """row, digest."""
         digests = [text_digest(text.encode()) for text in batch.text.fill_null("").to_list()]
         return pa.table({"row": pa.array(range(len(digests)), pa.int32()),

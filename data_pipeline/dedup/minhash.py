@@ -8,7 +8,7 @@ estimates from signatures lost some and missed others; so the 5-grams themselves
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,12 @@ import pyarrow.parquet as pq
 
 from data_pipeline.dedup.cluster import Groups, Scores, drop_duplicates
 from data_pipeline.dedup.spool import Docs, Documents, file_array
+from data_pipeline.filters.base import Batch
 from data_pipeline.filters.corpus_step import FeatureFile
 from data_pipeline.text import words
 from data_pipeline.text.words import Hashes, mix
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
-
-if TYPE_CHECKING:
-    from data_pipeline.filters.base import Batch
 
 REASON = "near duplicate"
 _SEED = 1  # of the permutations
@@ -50,7 +48,7 @@ class MinHashDeduplication:
         if not 0 < self.threshold <= 1:
             raise FieldError(f"{where}.threshold", f"{self.threshold} is not in (0, 1]", "Try 0.8.")
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """row, bands (null without words), ngrams in the text's order."""
         offsets, grams = batch.words.ngrams(self.ngram, short_whole=True)
         bands = self.band_hashes(offsets, grams)

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,11 @@ import pyarrow.parquet as pq
 
 from data_pipeline.dedup.cluster import Groups, Scores, drop_duplicates
 from data_pipeline.dedup.spool import Docs, Documents, file_array
+from data_pipeline.filters.base import Batch
 from data_pipeline.filters.corpus_step import FeatureFile
 from data_pipeline.text import words
 from data_pipeline.text.words import Hashes, mix
 from nanollama.data.strict import FieldError
-
-if TYPE_CHECKING:
-    from data_pipeline.filters.base import Batch
 
 REASON = "near duplicate (simhash)"
 _AGREE = 3  # blocks of a key
@@ -53,7 +51,7 @@ class SimHashDeduplication:
             raise FieldError(f"{where}.max_distance", f"{self.max_distance} is not in 0 to 7",
                              "Try 3; for looser likeness use type minhash.")
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """row, simhash (null without words)."""
         offsets, grams = batch.words.ngrams(self.ngram, short_whole=True)
         return pa.table({

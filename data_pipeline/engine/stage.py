@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import nanollama
-from nanollama.data.files import DataError, read_json, sha256_file
+from nanollama.data.files import DataError, read_json, sha256_file, write_json
 
 WORK = ".work"  # unfinished output, inside the output directory so that a rename moves it into place
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -45,6 +45,20 @@ def finished(output: Path, manifest_name: str, fingerprint: str, files: Callable
             print(f"{file}: missing or changed since it was made; making it again.", file=sys.stderr)
             return None
     return manifest
+
+
+def finished_file(path: Path) -> dict[str, Any] | None:
+    """What `mark_finished` noted beside the file, if it is there and of the size noted."""
+    marker = path.with_suffix(".json")
+    if not (marker.exists() and path.exists()):
+        return None
+    known: dict[str, Any] = read_json(marker)
+    return known if path.stat().st_size == known["bytes"] else None
+
+
+def mark_finished(path: Path, facts: dict[str, Any]) -> None:
+    """Note beside a file that it is whole; `facts` with its size, `bytes`."""
+    write_json(path.with_suffix(".json"), facts)
 
 
 def require_own(output: Path, manifest_name: str, kind: str, mark: str, made: Sequence[str]) -> None:

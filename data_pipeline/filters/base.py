@@ -49,10 +49,6 @@ class Batch:
         """The words of the texts, hashed once for all steps that are given this batch."""
         return word_hashes(self.text)
 
-    def with_text(self, text: pl.Series) -> "Batch":
-        """The same documents with other texts (after a filter that rewrites)."""
-        return dataclasses.replace(self, text=text)
-
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:

@@ -9,13 +9,12 @@ Row numbers count the documents that reach the step: the rows of the shard's doc
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-if TYPE_CHECKING:
-    from data_pipeline.filters.base import Batch
+from data_pipeline.filters.base import Batch
 
 # The document table of a shard, beside its features. `date`: seconds since 1970 (UTC), null where unknown.
 # `priority`: of two documents of one date the lower is the original, such as the dataset's place in the mixture.
@@ -53,7 +52,7 @@ class CorpusStep(Protocol):
     def type(self) -> str:
         """The name by which a mixture file asks for it."""
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """What the decision needs of these documents. Column `row`: position in `batch`, in rising order.
 
         Who cuts a shard into several batches adds the position of each one's first document to `row`.

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from nanollama.data.files import DataError, read_json, sha256_file, write_json
+from data_pipeline.engine.stage import finished_file, mark_finished
+from nanollama.data.files import DataError, sha256_file
 from nanollama.data.format import Record, decode_record, encode_record
 from nanollama.data.packed import WRITER_OPTIONS
 
@@ -127,11 +128,9 @@ class TokenStore:
 
 def write_file(task: FileTask) -> dict[str, Any]:
     """Write one file unless it is there; returns {path, split, bytes, sha256, records}."""
-    path, marker = Path(task.path), Path(task.path).with_suffix(".json")
-    if marker.exists() and path.exists():
-        known: dict[str, Any] = read_json(marker)
-        if path.stat().st_size == known["bytes"]:
-            return known
+    path = Path(task.path)
+    if (known := finished_file(path)) is not None:
+        return known
     recipe, store = Recipe.load(Path(task.recipe)), TokenStore(task.tokens, task.dtype)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
@@ -145,7 +144,7 @@ def write_file(task: FileTask) -> dict[str, Any]:
     os.replace(temporary, path)
     row = {"path": path.name, "split": task.split, "bytes": path.stat().st_size, "sha256": sha256_file(path),
            "records": recipe.records}
-    write_json(marker, row)
+    mark_finished(path, row)
     return row
 
 

@@ -20,6 +20,7 @@ from data_pipeline.curation.corpus_format import read_shard
 from data_pipeline.text.documents import hash_fraction, text_digest
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 
 BATCH_CHARACTERS = 4_000_000  # encoded together; bounds memory
 _DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -117,7 +118,7 @@ def is_derived(meta: dict[str, Any]) -> bool:
 
 def _load(task: ShardTask) -> Tokenizer:
     if task.tokenizer not in _tokenizers:
-        _tokenizers[task.tokenizer] = Tokenizer.load(task.tokenizer)
+        _tokenizers[task.tokenizer] = load_tokenizer(task.tokenizer)
     tokenizer = _tokenizers[task.tokenizer]
     tokenizer.require(task.tokenizer_sha256, "this packing run",
                       "It changed while packing; run the command again.")

@@ -8,20 +8,18 @@ import dataclasses
 import datetime
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.filters.base import Batch
 from data_pipeline.filters.corpus_step import FeatureFile
 from data_pipeline.select.documents import attribute_rates, curriculum_phases, quality_rates, temporal_weights
 from data_pipeline.select.resample import Floats, draws, keep_by_rate
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
-
-if TYPE_CHECKING:
-    from data_pipeline.filters.base import Batch
 
 
 class _ByAttribute:
@@ -34,7 +32,7 @@ class _ByAttribute:
         return {}
 
     @staticmethod
-    def _column(batch: "Batch", attribute: str, kind: pa.DataType) -> pa.Table:
+    def _column(batch: Batch, attribute: str, kind: pa.DataType) -> pa.Table:
         values: list[Any] = []
         for meta in batch.meta:
             value = meta.get(attribute)
@@ -82,7 +80,7 @@ class AttributeSelection(_ByAttribute):
             if not 0 <= rate <= 1:
                 raise FieldError(f"{where}.rates", f"{name}: {rate} is not in [0, 1]", "Give a share.")
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """row, value."""
         return self._column(batch, self.attribute, pa.string())
 
@@ -108,7 +106,7 @@ class QualitySelection(_ByAttribute):
         if not 0 < self.rate <= 1:
             raise FieldError(f"{where}.rate", f"{self.rate} is not in (0, 1]", "Try 0.5.")
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """row, value."""
         return self._column(batch, self.attribute, pa.float64())
 
@@ -143,7 +141,7 @@ class TemporalSelection(_ByAttribute):
             raise FieldError(f"{where}.reference", f"{self.reference!r} is no date",
                              "Write a date in quotes, '2024-12-31'.") from error
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """row; dates are in the document table."""
         return pa.table({"row": pa.array(range(len(batch)), pa.int32())})
 
@@ -179,7 +177,7 @@ class CurriculumPhases(_ByAttribute):
         if self.phases < 1:
             raise FieldError(f"{where}.phases", f"{self.phases} is below 1", "Try 3.")
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """row, value."""
         return self._column(batch, self.attribute, pa.float64())
 

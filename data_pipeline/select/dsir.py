@@ -15,7 +15,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.dedup.spool import file_array
 from data_pipeline.engine.variables import expand_variables
+from data_pipeline.filters.base import Batch
 from data_pipeline.filters.corpus_step import FeatureFile
 from data_pipeline.select.resample import Floats, draws, gumbel_keys, top
 from data_pipeline.sources import open_source, read_all
@@ -34,9 +35,6 @@ from data_pipeline.text.documents import Document
 from data_pipeline.text.words import Hashes, Positions, WordHashes, word_hashes
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
-
-if TYPE_CHECKING:
-    from data_pipeline.filters.base import Batch
 
 REASON = "not selected by importance"
 _SMALL = 1e-8  # added to every share, as the authors do
@@ -67,7 +65,7 @@ class ImportanceResampling:
         if not 1 <= self.buckets <= 1 << 16:
             raise FieldError(f"{where}.buckets", f"{self.buckets} is not in 1 to 65536", "Try 10000.")
 
-    def features(self, batch: "Batch") -> pa.Table:
+    def features(self, batch: Batch) -> pa.Table:
         """row, buckets of all n-grams (in no meant order)."""
         offsets, values = self._bucketed(batch.words if self.hashing == "words" else None, batch.text)
         return pa.table({"row": pa.array(range(len(batch)), pa.int32()),

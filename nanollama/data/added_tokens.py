@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nanollama.data.files import DataError
-from nanollama.data.tokenizer import MODEL_FILES, Tokenizer, freeze
+from nanollama.data.hub_tokenizer import freeze_tokenizer_json
+from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece
+from nanollama.data.tokenizer import MODEL_FILES, Tokenizer
+from nanollama.data.tokenizer_json import added_token, dump
 
 CHAT_TOKENS = (
     "<|im_start|>",
@@ -53,7 +56,9 @@ def add_tokens(
     if source.manifest["kind"] == "sentencepiece":
         model += b"".join(_piece(token) for token in new)
         algorithm, corpus = source.manifest["algorithm"], source.manifest["corpus"]
-        return freeze(directory, model, algorithm=algorithm, corpus=corpus, chat_template=template, more=more)
+        return freeze_sentencepiece(
+            directory, model, algorithm=algorithm, corpus=corpus, chat_template=template, more=more
+        )
     return _freeze_json(source, Path(directory), model, ids, template, more)
 
 
@@ -99,20 +104,15 @@ def _varint(value: int) -> bytes:
 def _freeze_json(
     source: Tokenizer, directory: Path, model: bytes, ids: dict[str, int], template: str | None, more: dict[str, Any]
 ) -> Tokenizer:
-    from nanollama.data.hub_tokenizer import freeze_tokenizer_json  # needs a package that the core does not
-
     file = json.loads(model)
-    file["added_tokens"] += [
-        dict(id=number, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        for token, number in ids.items()
-    ]
+    file["added_tokens"] += [added_token(number, token) for token, number in ids.items()]
     manifest = source.manifest
 
     def named(name: str) -> str | None:
         return None if manifest[name] < 0 else source.piece(manifest[name])
 
     frozen = freeze_tokenizer_json(
-        directory, (json.dumps(file, ensure_ascii=False) + "\n").encode(), bos=named("bos_id"),
+        directory, dump(file), bos=named("bos_id"),
         eos=source.piece(source.eos_id), pad=named("pad_id"), stop_ids=more["stop_ids"], chat_template=template,
         corpus=manifest["corpus"], more=more,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Tokenizers published as a tokenizer.json (Llama 3, Qwen, SmolLM2), behind the interface of `data.tokenizer`.
 
-Owns the freezing of such a file and how its special tokens are found. Needs the package `tokenizers`.
+Owns the freezing of such a file and how its special tokens are found. The package `tokenizers` is asked for when one is
+opened, not before.
 """
 
 import hashlib
@@ -12,15 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from nanollama.data.files import DataError, write_atomic, write_json
-from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MANIFEST_FILE, MODEL_FILES, Tokenizer
-
-try:
-    import tokenizers
-except ImportError as error:
-    raise DataError(
-        "this tokenizer is a tokenizer.json, which needs one more package: pip install 'nanollama[hub-tokenizers]'"
-    ) from error
+from nanollama.data.files import DataError
+from nanollama.data.tokenizer import Tokenizer, write_frozen
 
 NO_TOKEN = -1  # the tokenizer has no such token: nothing is put in its place
 
@@ -29,12 +23,8 @@ class HubTokenizer(Tokenizer):
     """A frozen tokenizer.json. `bos_id` is -1 where texts are not begun with a token (Qwen, SmolLM2)."""
 
     def __init__(self, directory: str | os.PathLike[str], model: bytes, manifest: dict[str, Any]):
-        self.directory = Path(directory)
-        self.manifest = manifest
-        self.sha256 = manifest["sha256"]
-        self.normalized_sha256 = manifest["normalized_sha256"]
-        self._reader = tokenizers.Tokenizer.from_buffer(model)
-        self._plain = tokenizers.Tokenizer.from_buffer(model)
+        super().__init__(directory, manifest)
+        self._reader, self._plain = (open_json(model, str(self.directory)) for _ in range(2))
         self._plain.encode_special_tokens = True  # "<|im_end|>" in a text is text, not the end of a turn
         added = self._reader.get_added_tokens_decoder()
         self._special = {token.content: number for number, token in added.items() if token.special}
@@ -44,34 +34,27 @@ class HubTokenizer(Tokenizer):
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Ids of the tokens that no text is encoded to."""
         return self._special
 
     def token_id(self, piece: str) -> int | None:
-        """Id of a piece or special token by its name; None where the vocabulary has none."""
         found: int | None = self._reader.token_to_id(piece)
         return found
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens written in it are plain text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode_markup(self, text: str) -> list[int]:
-        """Ids of `text`, in which special tokens are what they say."""
         return self._reader.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """(bos) + ids + eos of each text, as uint32 arrays. `threads` is the library's own business."""
-        begin = [] if self.bos_id == NO_TOKEN else [self.bos_id]
+        """As `Tokenizer.encode_documents`; `threads` is the library's own business."""
         encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
-        return [np.array([*begin, *encoding.ids, self.eos_id], np.uint32) for encoding in encodings]
+        return [np.array([*self.begin, *encoding.ids, self.eos_id], np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; special tokens give nothing, a torn UTF-8 sequence gives U+FFFD."""
         return self._reader.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
-        """The vocabulary's own name of one id, for reports."""
         return self._reader.id_to_token(int(token)) or f"<id {int(token)}>"
 
 
@@ -86,8 +69,8 @@ def freeze_tokenizer_json(
     chat_template: str | None,
     corpus: Mapping[str, Any],
     more: Mapping[str, Any] | None = None,
-) -> Tokenizer:
-    """Write a tokenizer.json as a frozen tokenizer directory and load it.
+) -> HubTokenizer:
+    """Write a tokenizer.json as a frozen tokenizer directory.
 
     bos: the token that begins every text, None where there is none. pad: None takes eos (masked by weight, never
     by id). more: further fields of the manifest. Errors: DataError when the file cannot be read or lacks a token.
@@ -117,15 +100,16 @@ def freeze_tokenizer_json(
         "corpus": dict(corpus),
         **(more or {}),
     }
-    write_atomic(directory / MODEL_FILES["tokenizer.json"], model)
-    if chat_template:
-        write_atomic(directory / CHAT_TEMPLATE_FILE, chat_template)
-    write_json(directory / MANIFEST_FILE, manifest)
-    return Tokenizer.load(directory)
+    return HubTokenizer(directory, model, write_frozen(directory, model, manifest, chat_template))
 
 
-def open_json(model: bytes, where: str) -> "tokenizers.Tokenizer":
-    """A tokenizer.json in the library's hands. Errors: DataError when it cannot be read."""
+def open_json(model: bytes, where: str) -> Any:
+    """A tokenizer.json in the library's hands. Errors: DataError when it cannot be read, or the library is missing."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError(f"{where}: this tokenizer is a tokenizer.json, which needs one more package: "
+                        "pip install 'nanollama[hub-tokenizers]'") from error
     try:
         return tokenizers.Tokenizer.from_buffer(model)
     except Exception as error:  # the library raises Exception itself
@@ -139,6 +123,6 @@ def begins_with(model: bytes) -> str | None:
     return encoding.tokens[0] if encoding.special_tokens_mask[:1] == [1] else None
 
 
-def _vocab_size(tokenizer: "tokenizers.Tokenizer") -> int:
+def _vocab_size(tokenizer: Any) -> int:
     """Highest id + 1: added tokens may leave gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

@@ -16,6 +16,7 @@ from nanollama.data.interleave import Interleave
 from nanollama.data.packed import MANIFEST_FILE, PackedSet, PackedSplit
 from nanollama.data.strict import FieldError
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,7 +137,7 @@ def _open_tokenizer(data: DataConfig, sha256: str | None, vocab_size: int | None
         make = "\n  ".join(["", *commands(data.sets[0], data, vocab_size)])
         raise DataError(f"config.data.tokenizer: no tokenizer in {data.tokenizer!r}. It and the first packed "
                         f"set are made by:{make}")
-    tokenizer = Tokenizer.load(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
     if sha256 is not None:
         tokenizer.require(sha256, "The checkpoint", "Set config.data.tokenizer to the tokenizer/ folder of "
                           "the run that wrote the checkpoint, and config.data.sets to sets packed with it.")

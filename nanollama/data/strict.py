@@ -60,9 +60,11 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "config"
 
 
 def to_mapping(value: Any) -> Any:
-    """Plain JSON-able form (dicts, lists, scalars) of a dataclass tree."""
+    """Plain JSON-able form (dicts, lists, scalars) of a tree of dataclasses, mappings, ConfigDicts and sequences."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if hasattr(value, "to_dict"):  # a ConfigDict is no Mapping
+        value = value.to_dict()
     if isinstance(value, Mapping):
         return {str(key): to_mapping(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -10,11 +10,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from nanollama import quantities
 from nanollama.experiments.environment import public, public_path
 from nanollama.experiments.report_facts import part
 from nanollama.experiments.report_files import RunFiles
 from nanollama.models.accounting import MFU_CONVENTION
-from nanollama.training.metrics import duration
+from nanollama.quantities import duration, percent
 
 
 def wording(files: RunFiles, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,13 +172,8 @@ def total(rows: Sequence[Mapping[str, Any]], field: str) -> float | None:
 
 
 def si(value: float) -> str:
-    """Three digits and a unit: 950, 12.3 k, 3.15 M, 1.10 B."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit * 0.9995:
-            share = value / unit
-            digits = 2 if share < 9.995 else 1 if share < 99.95 else 0
-            return f"{share:,.{digits}f}\u00a0{name}"
-    return f"{value:,.0f}"
+    """`quantities.si` that no line breaks."""
+    return quantities.si(value).replace(" ", "\u00a0")
 
 
 def integer(value: float) -> str:
@@ -191,11 +187,6 @@ def significant(value: float) -> str:
     if not 1e-3 <= size < 1e9:
         return f"{value:.3g}"
     return f"{value:,.{max(3 - math.floor(math.log10(size)), 0)}f}"
-
-
-def percent(value: float) -> str:
-    """Two digits at least: 41.0%, 4.2%, 0.042%."""
-    return f"{100 * value:.1f}%" if value >= 0.0995 or value == 0 else f"{100 * value:.2g}%"
 
 
 FORMATS = {"si": si, "integer": integer, "significant": significant, "percent": percent, "duration": duration,

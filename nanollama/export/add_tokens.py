@@ -18,7 +18,7 @@ from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.added_tokens import CHAT_TOKENS, add_tokens
 from nanollama.data.files import DataError
 from nanollama.data.strict import from_mapping
-from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 from nanollama.export.imported import save_run
 from nanollama.export.weights import Parts, parameter_shapes, stacked_axes
 from nanollama.training.checkpoint import find_step_folder, read_metadata
@@ -43,7 +43,7 @@ def extend(
     folder = find_step_folder(checkpoint)
     metadata = read_metadata(folder)
     old = from_mapping(ModelConfig, metadata["config"]["model"], "config.model")
-    tokenizer = Tokenizer.load(folder.parent.parent / "tokenizer")
+    tokenizer = load_tokenizer(folder.parent.parent / "tokenizer")
     tokenizer.require(metadata["tokenizer"], f"Checkpoint {folder}", "Put the run's own tokenizer back.")
     if tokenizer.vocab_size > old.vocab_size:
         raise DataError(
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    added = Tokenizer.load(output / "tokenizer").manifest["added_tokens"]
+    added = load_tokenizer(output / "tokenizer").manifest["added_tokens"]
     print("\n".join(f"{number:>8}  {token}" for token, number in added.items()))
     return 0
 

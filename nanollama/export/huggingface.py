@@ -20,10 +20,11 @@ from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.files import DataError, read_json, write_atomic, write_json
 from nanollama.data.strict import from_mapping, nearest
 from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, MODEL_FILES, Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 from nanollama.export.model_card import model_card
 from nanollama.export.peft import require_adapter, write_adapter
 from nanollama.export.safetensors_file import write_safetensors
-from nanollama.export.tokenizer_json import tokenizer_json
+from nanollama.export.sentencepiece_json import tokenizer_json_of_sentencepiece
 from nanollama.export.weights import FLOATS, Tensor, TensorInfo, parameter_shapes, publish, published_tensors
 from nanollama.models.families import FAMILIES
 from nanollama.models.families.published import Exported, write_config
@@ -61,7 +62,7 @@ def export(
     if dtype not in FLOATS:
         raise DataError(f"--dtype={dtype}: not a float type. {nearest(dtype, list(FLOATS))}")
     run = folder.parent.parent
-    tokenizer = Tokenizer.load(run / "tokenizer") if (run / "tokenizer").is_dir() else None
+    tokenizer = load_tokenizer(run / "tokenizer") if (run / "tokenizer").is_dir() else None
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise DataError(f"{run}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: damaged.")
     tensors = published_tensors(model, family)
@@ -157,7 +158,7 @@ def _write_tokenizer(tokenizer: Tokenizer, output: Path, model: ModelConfig) -> 
     source = (tokenizer.directory / MODEL_FILES[tokenizer.manifest["kind"]]).read_bytes()
     if tokenizer.manifest["kind"] == "sentencepiece":
         write_atomic(output / MODEL_FILE, source)  # so that an import gives the same frozen tokenizer back
-        source = tokenizer_json(source, add_bos=True)
+        source = tokenizer_json_of_sentencepiece(source, add_bos=True)
     write_atomic(output / "tokenizer.json", source)
     names = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
     ids = {name: number for name, number in names.items() if number >= 0}

@@ -15,10 +15,11 @@ import numpy as np
 
 from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.files import DataError, sha256_file
+from nanollama.data.hub_tokenizer import freeze_tokenizer_json
 from nanollama.data.strict import nearest
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.export.gguf_file import GgufFile
-from nanollama.export.gguf_tokenizer import tokenizer_json_of
+from nanollama.export.gguf_tokenizer import tokenizer_json_of_gguf
 from nanollama.export.imported import write_run
 from nanollama.export.weights import TensorInfo, published_tensors
 from nanollama.models.families import family_of
@@ -157,8 +158,6 @@ def _published_name(name: str) -> str:
 
 
 def _freeze(file: GgufFile, folder: Path) -> Tokenizer:
-    from nanollama.data.hub_tokenizer import freeze_tokenizer_json
-
     metadata: Mapping[str, Any] = file.metadata
     tokens = metadata["tokenizer.ggml.tokens"]
 
@@ -171,7 +170,7 @@ def _freeze(file: GgufFile, folder: Path) -> Tokenizer:
         raise DataError(f"{file.where}: tokenizer.ggml.eos_token_id is missing, so no answer would ever end.")
     return freeze_tokenizer_json(
         folder,
-        tokenizer_json_of(metadata, file.where),
+        tokenizer_json_of_gguf(metadata, file.where),
         bos=token("bos") if metadata.get("tokenizer.ggml.add_bos_token", False) else None,
         eos=eos,
         pad=token("padding"),

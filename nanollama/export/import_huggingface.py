@@ -14,10 +14,12 @@ import sentencepiece
 
 from nanollama.config import ConfigError, ModelConfig
 from nanollama.data.files import DataError, read_json, sha256_file
-from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, Tokenizer, freeze
+from nanollama.data.hub_tokenizer import begins_with, freeze_tokenizer_json
+from nanollama.data.sentencepiece_tokenizer import freeze_sentencepiece
+from nanollama.data.tokenizer import CHAT_TEMPLATE_FILE, MODEL_FILE, Tokenizer
 from nanollama.export.imported import write_run
 from nanollama.export.safetensors_file import SafetensorsDirectory, metadata_of
-from nanollama.export.tokenizer_json import tokenizer_json
+from nanollama.export.sentencepiece_json import tokenizer_json_of_sentencepiece
 from nanollama.export.weights import Tensor, published_tensors
 from nanollama.models.families import family_of
 from nanollama.models.families.published import Family, read_config
@@ -84,7 +86,7 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         complete = min(processor.bos_id(), processor.eos_id(), processor.pad_id(), processor.unk_id()) >= 0
         if complete and (not file or _size(file) == processor.vocab_size()):
-            return freeze(
+            return freeze_sentencepiece(
                 folder,
                 model,
                 algorithm=settings.get("algorithm", "published"),
@@ -92,11 +94,9 @@ def freeze_published(source: Path, folder: Path) -> Tokenizer:
                 chat_template=_chat_template(source, settings),
                 more={"stop_ids": _stop_ids(source)},
             )
-        file = file or tokenizer_json(model, add_bos=True)
+        file = file or tokenizer_json_of_sentencepiece(model, add_bos=True)
     if not file:
         raise DataError(f"{source / MODEL_FILE}: not a SentencePiece model. Add the model's {TOKENIZER_FILE}.")
-    from nanollama.data.hub_tokenizer import begins_with, freeze_tokenizer_json
-
     stops = _stop_ids(source)
     eos = _token(settings.get("eos_token")) or (_piece(file, stops[0]) if stops else None)
     if eos is None:

@@ -1,7 +1,7 @@
 """`python -m nanollama.export.import_tokenizer --source=FILE|DIR --output=DIR`: a published tokenizer, frozen.
 
-FILE is a tiktoken file (with --kind, also gzipped), a tokenizer.json (with --eos) or a SentencePiece model; DIR a
-folder as transformers writes it. What comes out is used like one trained here: to pack data, to train and to chat.
+FILE is a tiktoken file (with --kind, also gzipped) or a tokenizer.json (with --eos); DIR a folder as transformers
+writes it. What comes out is used like one trained here: to pack data, to train and to chat.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanollama.config import ConfigError
 from nanollama.data.files import DataError
+from nanollama.data.hub_tokenizer import begins_with, freeze_tokenizer_json
 from nanollama.data.tokenizer import MANIFEST_FILE, Tokenizer
 from nanollama.export.import_huggingface import freeze_published
 from nanollama.export.tiktoken_file import KINDS, tokenizer_json_of_ranks
@@ -29,8 +30,6 @@ def import_tokenizer(
 
     Errors: DataError names file and line, or the token that is missing; nothing is written then.
     """
-    from nanollama.data.hub_tokenizer import begins_with, freeze_tokenizer_json  # needs a package of its own
-
     source, output = Path(source), Path(output)
     if (output / MANIFEST_FILE).exists():
         raise DataError(f"{output}: holds a frozen tokenizer already. Choose another --output.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from nanollama.config import (
     BatchConfig,
@@ -22,8 +23,9 @@ from nanollama.config import (
     as_dict,
 )
 from nanollama.data.files import DataError, Lock, write_json
-from nanollama.data.tokenizer import Tokenizer, copy_tokenizer
-from nanollama.export.weights import Parts, Source, Tensor, adopt, check_tensors, nested, parameter_shapes
+from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import copy_tokenizer
+from nanollama.export.weights import Parts, Source, Tensor, adopt, check_tensors, parameter_shapes
 from nanollama.models.accounting import count_parameters
 from nanollama.training.checkpoint import LazyArray, LazyCheckpoints
 from nanollama.training.stored_parameters import Read
@@ -125,7 +127,7 @@ def _save(
     step = LazyArray(lambda index: np.zeros((), np.int32), (), np.int32)
     checkpoints = LazyCheckpoints(output / "checkpoints", CheckpointConfig())
     try:
-        checkpoints.save(0, {"params": nested(params), "step": step}, metadata)
+        checkpoints.save(0, {"params": unflatten_dict(params, sep="/"), "step": step}, metadata)
     finally:
         checkpoints.close()
     say(

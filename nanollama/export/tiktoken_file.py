@@ -7,15 +7,11 @@ which the file itself does not hold. Knows no files; freezing is `data.hub_token
 import base64
 import binascii
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from nanollama.data.files import DataError
 from nanollama.data.strict import nearest
-from nanollama.export.gguf_tokenizer import LLAMA3, QWEN2, split_steps
-
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+from nanollama.data.tokenizer_json import GPT2, LLAMA3, QWEN2, added_token, byte_level_bpe, merges_of, split_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +43,7 @@ KINDS = {
     ),
     "qwen": Kind(151_643, QWEN2, _QWEN2_SPECIAL, None, "<|endoftext|>", ("<|im_end|>",), "NFC"),
     "cl100k": Kind(100_256, LLAMA3, ("<|endoftext|>",), None, "<|endoftext|>"),
-    "gpt2": Kind(50_256, _GPT2, ("<|endoftext|>",), None, "<|endoftext|>"),
+    "gpt2": Kind(50_256, GPT2, ("<|endoftext|>",), None, "<|endoftext|>"),
 }
 
 
@@ -60,28 +56,19 @@ def tokenizer_json_of_ranks(data: bytes, kind: str, where: str) -> bytes:
         raise DataError(f"{where}: {len(ranks)} ranks; {kind} has {about.size}: truncated, or of another kind.")
     letters = byte_letters()
     vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
-    merges = [["".join(letters[byte] for byte in part) for part in pair] for pair in _merges(ranks)]
+    # tiktoken joins whichever neighbours make the lowest token, so all pairs of a token are needed
+    by_rank = sorted(ranks, key=ranks.__getitem__)
+    merges = [["".join(letters[byte] for byte in part) for part in pair] for pair in merges_of(by_rank, ranks)]
     first = max(ranks.values()) + 1
-    added = [
-        dict(id=first + index, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False,
-             special=True)
-        for index, token in enumerate(about.special)
-    ]  # fmt: skip
-    file = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": about.normalizer} if about.normalizer else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": split_steps(about.cut)},
-        "post_processor": _begin_with(about.bos, first + about.special.index(about.bos)) if about.bos else None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        # ignore_merges: a piece that is a token is that token, whatever its merges
-        "model": dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                      end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=True, vocab=vocab,
-                      merges=merges),
-    }  # fmt: skip
-    return (json.dumps(file, ensure_ascii=False) + "\n").encode()
+    return byte_level_bpe(
+        vocab,
+        merges,
+        added=[added_token(first + index, token) for index, token in enumerate(about.special)],
+        normalizer=about.normalizer,
+        cut=split_steps(about.cut),
+        bos=(about.bos, first + about.special.index(about.bos)) if about.bos else None,
+        ignore_merges=True,
+    )
 
 
 def read_ranks(data: bytes, where: str) -> dict[bytes, int]:
@@ -106,15 +93,6 @@ def read_ranks(data: bytes, where: str) -> dict[bytes, int]:
     return ranks
 
 
-def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pairs that make each token, by rank. tiktoken joins whichever neighbours make the lowest token, so all are
-    needed; those of one token by their own ranks."""
-    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-
-
 def byte_letters() -> list[str]:
     """The printable letter that byte-level BPE writes for each byte: itself, or one from U+0100 on."""
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -123,14 +101,3 @@ def byte_letters() -> list[str]:
         letters.append(chr(byte if byte in shown else extra))
         extra += byte not in shown
     return letters
-
-
-def _begin_with(bos: str, number: int) -> dict[str, Any]:
-    first: list[dict[str, Any]] = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": first,
-        "pair": [*first, *second],
-        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
-    }

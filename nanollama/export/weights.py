@@ -7,7 +7,7 @@ a model needs. Knows nothing of file formats: a source is anything with `tensors
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -181,18 +181,6 @@ def publish(part: np.ndarray, tensor: Tensor, dtype: str, factor: float = 1.0) -
         outputs, inputs = tensor.shape
         return np.ascontiguousarray(own.reshape(inputs, outputs).T.astype(FLOATS[dtype], copy=False))
     return own.reshape(tensor.shape).astype(FLOATS[dtype], copy=False)
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"layers/query": x} -> {"layers": {"query": x}}."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return tree
 
 
 def _some(names: list[str]) -> str:

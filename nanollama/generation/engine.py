@@ -24,11 +24,7 @@ from nanollama.models.decoder import Decoder, Params
 from nanollama.parallel.mesh import shards
 
 STREAM_SECONDS = 0.1  # a stream's runs are as long as fits in this: text flows, and Ctrl-C is heard
-MIN_PROMPT, MIN_CACHE, MIN_STOPS = (
-    16,
-    256,
-    4,
-)  # smallest buckets: below, a compilation costs more than it saves
+MIN_PROMPT, MIN_CACHE, MIN_STOPS = 16, 256, 4  # smallest buckets: below, a compilation costs more than it saves
 CACHE_AT_ONCE = 1024  # a cache up to this long is made at once; a longer one doubles as it fills
 
 

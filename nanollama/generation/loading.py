@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from nanollama.config import Config, resolve
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.data.tokenizer_folder import load_tokenizer
 from nanollama.models.decoder import Params
 from nanollama.ops.rounding import widened
 from nanollama.training.checkpoint import find_step_folder, read_metadata
@@ -43,7 +44,7 @@ def load_model(checkpoint: str | Path, tokenizer: str | Path | None = None) -> L
     """
     folder = find_step_folder(checkpoint)
     beside = folder.parent.parent / "tokenizer"
-    frozen = Tokenizer.load(tokenizer or beside)
+    frozen = load_tokenizer(tokenizer or beside)
     metadata = read_metadata(folder)
     frozen.require(metadata["tokenizer"], f"Checkpoint {folder}",
                    f"Give the run's own tokenizer: --tokenizer={beside}")

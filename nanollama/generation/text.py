@@ -1,11 +1,14 @@
-"""Tokens to text as they come: only characters that later tokens cannot change are given out.
+"""Tokens to text: as they come (only characters that later tokens cannot change are given out), and as a sample.
 
 Knows tokenizers' `decode` and nothing of models.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from nanollama.data.tokenizer import Tokenizer
+from nanollama.generation.engine import Completion
+from nanollama.generation.sampling import SamplingConfig
 
 _TORN = "\ufffd"  # what decoding gives for a byte that is no whole character
 _MOST_HELD = 3  # bytes of a UTF-8 character that may still be waiting for its last one
@@ -40,6 +43,20 @@ class TextStream:
     def _text(self) -> str:
         settled = self._tokenizer.decode(self._context)
         return self._tokenizer.decode(self._context + self._tokens)[len(settled) :]
+
+
+def sample(prompt: str, done: Completion, sampling: SamplingConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What samples.json holds of one prompt: enough to make `text`, which follows it, again."""
+    return {
+        "prompt": prompt,
+        "text": tokenizer.decode(done.tokens),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": sampling.seed,
+        "tokens": len(done.tokens),
+        "finish_reason": done.finish_reason,
+    }
 
 
 def printable(text: str) -> str:

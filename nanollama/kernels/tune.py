@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -106,12 +106,12 @@ def flash(
     return functools.partial(flash_attention, scale=scale, tiles=tiles, interpret=interpret, compiler=compiler)
 
 
-def cudnn(problem: Problem) -> Callable[..., jax.Array]:
-    """As `flash`, plain causal."""
+def vendor(implementation: Literal["cudnn", "xla"]) -> Callable[..., jax.Array]:
+    """As `flash`, of `jax.nn.dot_product_attention` ("cudnn", "xla"); plain causal."""
 
     def function(q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array, start: jax.Array) -> jax.Array:
         del first_key, start
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
     return function
 
@@ -151,7 +151,7 @@ def tune(
         print(f"  mosaic: {reason}", file=sys.stderr)
     if problem.plain and not interpret:
         try:
-            contenders["cudnn"] = took["cudnn_forward_and_backward"] = clock(with_gradients(cudnn(problem)), arrays)
+            contenders["cudnn"] = took["cudnn_forward_and_backward"] = clock(with_gradients(vendor("cudnn")), arrays)
         except Exception as error:
             print(f"  cudnn: {str(error).splitlines()[0][:100]}", file=sys.stderr)
     return {

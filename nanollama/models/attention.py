@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import ModelConfig
-from nanollama.models.linear import linear, norm_scale
+from nanollama.models.linear import linear, norm_scale, residual_std
 from nanollama.models.lora import Dropout
 from nanollama.models.mesh_attention import attend
 from nanollama.ops.masks import MaskSpec, slide
@@ -73,10 +73,9 @@ def attention(
         scale=scale,
     )
     H, J = a_BTHJ.shape[2:]
-    residual_std = m.init_std * (2 * m.num_layers) ** -0.5
     axes, shape = ("heads", "head_dim", "embed"), (H, J, m.hidden_size)
     a_NO = a_BTHJ.reshape(-1, H * J)
-    return linear(module, "output", a_NO, axes, shape, inputs=2, std=residual_std, dropout=dropout), cache_BSGK
+    return linear(module, "output", a_NO, axes, shape, inputs=2, std=residual_std(m), dropout=dropout), cache_BSGK
 
 
 Projected = tuple[jax.Array, tuple[jax.Array, jax.Array]]  # queries, rotated; what the cache holds of this call

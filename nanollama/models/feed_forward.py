@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nanollama.config import ComputeConfig, ModelConfig, MoeConfig
-from nanollama.models.linear import adapter, linear, normal, parameter
+from nanollama.models.linear import adapter, linear, normal, parameter, residual_std
 from nanollama.models.lora import Dropout
 from nanollama.ops import moe as ops
 from nanollama.ops.mlp import swiglu
@@ -29,7 +29,7 @@ def gated_feed_forward(
     D, F = m.hidden_size, width or m.intermediate_size
     gate_NF = linear(module, f"{prefix}gate", h_ND, ("embed", "ffn"), (D, F), std=m.init_std, dropout=dropout)
     up_NF = linear(module, f"{prefix}up", h_ND, ("embed", "ffn"), (D, F), std=m.init_std, dropout=dropout)
-    h_NF, std = swiglu(gate_NF, up_NF), _residual_std(m)
+    h_NF, std = swiglu(gate_NF, up_NF), residual_std(m)
     return linear(module, f"{prefix}down", h_NF, ("ffn", "embed"), (F, D), std=std, dropout=dropout)
 
 
@@ -64,7 +64,7 @@ def mixture_of_experts(
     experts = ops.Experts(
         stacked("expert_gate", ("embed", "ffn"), (D, F), m.init_std),
         stacked("expert_up", ("embed", "ffn"), (D, F), m.init_std),
-        stacked("expert_down", ("ffn", "embed"), (F, D), _residual_std(m)),
+        stacked("expert_down", ("ffn", "embed"), (F, D), residual_std(m)),
     )
     y_ND, dropped_NJ = ops.mix(
         h_ND, routing, experts, path=compute.moe, factor=compute.moe_capacity, real_N=real_BT.reshape(-1)
@@ -85,7 +85,3 @@ def _shared_expert(
         return y_ND
     gate_D1 = parameter(module, "shared_router", ("embed", "router"), (m.hidden_size, 1), normal(m.init_std))
     return jax.nn.sigmoid(h_ND @ gate_D1.astype(h_ND.dtype)) * y_ND
-
-
-def _residual_std(m: ModelConfig) -> float:
-    return m.init_std * (2 * m.num_layers) ** -0.5

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nanollama.config import LoraConfig
+from nanollama.config import LoraConfig, ModelConfig
 from nanollama.models import lora as loras
 from nanollama.ops import products
 from nanollama.ops.fp8 import fp8_matmul
@@ -21,6 +21,11 @@ from nanollama.ops.fp8 import fp8_matmul
 def normal(std: float) -> nn.initializers.Initializer:
     """Gaussian initial values."""
     return nn.initializers.normal(stddev=std)
+
+
+def residual_std(m: ModelConfig) -> float:
+    """Of the weights whose products are added to the residual stream: smaller, as 2 L are added (GPT-2)."""
+    return m.init_std * (2 * m.num_layers) ** -0.5
 
 
 def parameter(

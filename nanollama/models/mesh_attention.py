@@ -36,8 +36,8 @@ def attend(
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types or backend in PARTITIONED_BY_XLA:
         return attention.attend(q_BTHK, k_BSGK, v_BSGJ, mask, backend=backend, scale=scale)
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]
-    queries = partition_spec(("batch", None, "heads", None), q_BTHK.shape, mesh)  # type: ignore[arg-type]
-    keys = partition_spec(("batch", None, "kv_heads", None), k_BSGK.shape, mesh)  # type: ignore[arg-type]
+    queries = partition_spec(("batch", None, "heads", None), q_BTHK.shape, mesh)
+    keys = partition_spec(("batch", None, "kv_heads", None), k_BSGK.shape, mesh)
     rows, head_axes = PartitionSpec(queries[0], None), queries[2]
 
     def on_one_device(
@@ -63,8 +63,8 @@ def _attend_pieces(
     """Rows are pairs of pieces: each device gathers the keys and values of its rows, and attends with its queries."""
     mesh = jax.sharding.get_abstract_mesh()
     H, G = q_PTHK.shape[2], k_PTGK.shape[2]
-    queries = partition_spec(("batch", None, "heads", None), q_PTHK.shape, mesh)  # type: ignore[arg-type]
-    keys = partition_spec(("batch", None, "kv_heads", None), k_PTGK.shape, mesh)  # type: ignore[arg-type]
+    queries = partition_spec(("batch", None, "heads", None), q_PTHK.shape, mesh)
+    keys = partition_spec(("batch", None, "kv_heads", None), k_PTGK.shape, mesh)
     head_axes = queries[2]
 
     def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, first_key_PT: jax.Array) -> jax.Array:

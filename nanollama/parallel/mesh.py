@@ -5,11 +5,11 @@ they live. Changing the layout of a run is one line of its config (`config.mesh`
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanollama.config import ConfigError, MeshConfig
 from nanollama.data.strict import nearest
@@ -81,12 +81,12 @@ def one_device(mesh: Mesh) -> Mesh:
     return make_mesh(MeshConfig(data=1), [mesh.devices.flat[0]])
 
 
-def shards(axis: str, mesh: Mesh) -> int:
+def shards(axis: str, mesh: Mesh | AbstractMesh) -> int:
     """Parts that RULES cut a logical axis into."""
     return math.prod(mesh.shape[name] for name in RULES[axis] or ())
 
 
-def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where an array with these logical axes and shape lives.
 
     Errors: KeyError on an axis that RULES lacks; ConfigError when a dimension does not divide over its mesh
@@ -118,6 +118,11 @@ def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Na
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
+def batch_shards(sizes: Mapping[str, int]) -> int:
+    """Devices with rows of their own; `sizes`: devices along each axis, of those left out one."""
+    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over BATCH_AXES, positions whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
@@ -128,7 +133,7 @@ def process_block(mesh: Mesh) -> tuple[int, int]:
 
     Errors: ConfigError when its devices do not hold one such block.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(mesh.shape)
     slices = batch_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
     rows = {row for where in slices if where is not None for row in range(*where[0].indices(shards))}
     low, count = min(rows), len(rows)
@@ -149,4 +154,4 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
             if axis is not None and axis not in RULES:
                 raise KeyError(f"logical axis {axis!r} is not in RULES. {nearest(axis, list(RULES))}")
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))  # type: ignore[arg-type]
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from nanollama.config import Config, ConfigError, MeshConfig
-from nanollama.parallel.mesh import AXES, mesh_sizes
-from nanollama.planning.memory import Memory, Sizes, batch_shards, estimate
+from nanollama.parallel.mesh import AXES, batch_shards, mesh_sizes
+from nanollama.planning.memory import Memory, Sizes, estimate
 from nanollama.planning.roofline import StepTime, step_time
 from nanollama.planning.targets import Target
 

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh
 from nanollama.config import BatchConfig, ComputeConfig, Config, LossConfig, ModelConfig
 from nanollama.models.decoder import Decoder, init_params
 from nanollama.objectives import next_token
-from nanollama.parallel.mesh import BATCH_AXES
+from nanollama.parallel.mesh import batch_shards
 from nanollama.planning.stand_in import flash_memory
 from nanollama.training.optim import make_optimizer
 from nanollama.training.state import abstract_state, state_shardings
@@ -81,11 +81,6 @@ def estimate(config: Config, sizes: Sizes, *, kernel: bool = True) -> Memory:
 def rows_on_device(config: Config, sizes: Sizes) -> int:
     """Rows that a device computes at one time."""
     return max(config.batch.global_rows // (config.batch.micro_batches * batch_shards(sizes)), 1)
-
-
-def batch_shards(sizes: Sizes) -> int:
-    """Devices that have rows of their own."""
-    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
 
 
 def state_bytes(config: Config, sizes: Sizes) -> tuple[int, int]:

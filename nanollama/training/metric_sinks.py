@@ -8,11 +8,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from nanollama.config import ConfigError
 from nanollama.data.files import write_atomic
-
-
-class MetricsError(RuntimeError):
-    """Metrics that cannot be written as configured; the message says how to mend it."""
 
 
 class TensorBoard:
@@ -22,9 +19,8 @@ class TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise MetricsError(
-                "config.logging.tensorboard: the package tensorboardX is not installed. Run "
-                "`pip install tensorboardX`, or set config.logging.tensorboard=False.") from error
+            raise ConfigError("config.logging.tensorboard", "the package tensorboardX is not installed",
+                              "Run `pip install tensorboardX`, or set it to False.") from error
         # purge_step hides what a killed run wrote past its checkpoint; the suffix keeps its file when both
         # runs began in the same second, which is all that tensorboardX's file names tell apart.
         self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1,
@@ -46,9 +42,8 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise MetricsError(
-                f"config.logging.wandb_project={project!r}: the package wandb is not installed. Run "
-                "`pip install 'nanollama[wandb]'`, or set config.logging.wandb_project=''.") from error
+            raise ConfigError("config.logging.wandb_project", f"{project!r}, and the package wandb is not installed",
+                              "Run `pip install 'nanollama[wandb]'`, or set it to ''.") from error
         remembered = workdir / "wandb_run_id"  # a resumed run goes on in the same W&B run
         if not remembered.is_file():
             write_atomic(remembered, secrets.token_hex(4))

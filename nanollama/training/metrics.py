@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from nanollama.config import LoggingConfig
 from nanollama.data.files import write_atomic
 from nanollama.models.accounting import MFU_CONVENTION
+from nanollama.quantities import duration
 from nanollama.training.metric_sinks import TensorBoard, Wandb
 
 FILE_NAME = "metrics.jsonl"
@@ -42,7 +43,7 @@ class MetricsLog:
     Lines of steps after `resume_step` belong to a run that was killed past its last checkpoint: they are
     dropped before the first write, and their events are kept in the one event that says where the run goes
     on. With `resume_step=0` nothing was saved, so no line is kept.
-    Errors: MetricsError names the missing package and its extra.
+    Errors: ConfigError names the missing package and its extra.
     """
 
     def __init__(self, workdir: str | Path, logging: LoggingConfig, *, resume_step: int, steps: int = 0,
@@ -173,20 +174,6 @@ def validation_line(step: int, figures: Mapping[str, Any]) -> str:
     per_source = ", ".join(f"{name} {value:.4f}" for name, value in sources.items())
     behind = f"  (bits/byte by source: {per_source})" if len(sources) > 1 else ""
     return f"validation at step {step}  {text}{behind}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 0.4 s, 12 s, 3 min 20 s, 5 h 12 min, 2 d 3 h."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    for big, small, unit in ((86_400, 3_600, "d h"), (3_600, 60, "h min"), (60, 1, "min s")):
-        if whole >= big:
-            names = unit.split()
-            return f"{whole // big} {names[0]} {whole % big // small} {names[1]}"
-    raise AssertionError(seconds)
 
 
 class Throughput:

@@ -15,6 +15,7 @@ from nanollama.data.files import write_json
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.generation.command_line import DEFAULT
 from nanollama.generation.engine import Engine
+from nanollama.generation.text import sample
 from nanollama.models.decoder import Params
 from nanollama.models.lora import merge
 
@@ -41,11 +42,7 @@ class Sampler:
         prompts = [[*self._tokenizer.begin, *self._tokenizer.encode(prompt)] for prompt in logging.sample_prompts]
         sampling = [dataclasses.replace(DEFAULT, seed=seed) for seed in range(len(prompts))]
         completions = self._engine.generate(prompts, sampling, max_new_tokens=logging.sample_tokens, crop=True)
-        samples = [
-            {"prompt": prompt, "text": self._tokenizer.decode(done.tokens), "tokens": len(done.tokens),
-             "temperature": DEFAULT.temperature, "top_p": DEFAULT.top_p, "seed": seed,
-             "finish_reason": done.finish_reason}
-            for seed, (prompt, done) in enumerate(zip(logging.sample_prompts, completions, strict=True))
-        ]
+        rows = zip(logging.sample_prompts, completions, sampling, strict=True)
+        samples = [sample(prompt, done, own, self._tokenizer) for prompt, done, own in rows]
         write_json(self._folder / f"{step}.json", {"step": step, "samples": samples})
         return f"sample at step {step}: {samples[0]['prompt']!r} -> {samples[0]['text']!r}\n"

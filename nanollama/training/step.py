@@ -7,7 +7,6 @@ the same bits on any number of devices.
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from nanollama.ops.moe import MoeSums, updated_bias
 from nanollama.ops.order import after
 from nanollama.ops.rounding import add_rounded, widened
 from nanollama.parallel import backend, context
-from nanollama.parallel.mesh import BATCH_AXES, batch_sharding
+from nanollama.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards
 from nanollama.training.schedules import make_schedule
 from nanollama.training.state import TrainState
 
@@ -50,7 +49,8 @@ def make_train_step(
     batch: as `put_batch` returns it. metrics: scalars on the device, see `update`. Errors: ConfigError when the
     rows do not divide over devices and micro-batches.
     """
-    check_layout(config, mesh)
+    context.check_length(config.data.sequence_length, mesh.shape["context"])
+    check_rows(config, mesh.shape)
     gradient = make_gradient(config, decoder, mesh, shardings)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
@@ -97,11 +97,9 @@ def check_weights(arrays: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def check_layout(config: Config, mesh: Mesh) -> None:
-    """Rows must divide into micro-batches, and each micro-batch's rows over the devices."""
-    context.check_length(config.data.sequence_length, mesh.shape["context"])
-    rows, micro_batches = config.batch.global_rows, config.batch.micro_batches
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def check_rows(config: Config, sizes: Mapping[str, int]) -> None:
+    """Rows must divide into micro-batches, and each micro-batch's rows over the devices; `sizes`: as `batch_shards`."""
+    rows, micro_batches, devices = config.batch.global_rows, config.batch.micro_batches, batch_shards(sizes)
     if rows % (micro_batches * devices):
         raise ConfigError(
             "config.batch.global_rows",

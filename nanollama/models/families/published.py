@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from flax.traverse_util import unflatten_dict
+
 from nanollama.config import ConfigError, ModelConfig, check_model
 from nanollama.data.strict import from_mapping, nearest
 
@@ -139,7 +141,7 @@ def read_config(config: Mapping[str, Any], name: str, family: Family, where: str
     fields = {ours: values[theirs] for theirs, ours in family.fields.items() if theirs in values}
     fields |= dict(family.ours) | family.read(values, where)
     fields |= _read_rope(values, "latent.kv_lora_rank" in fields, where) | _read_windows(values, family, where)
-    model = from_mapping(ModelConfig, _nested({"family": name, **fields}), where)
+    model = from_mapping(ModelConfig, unflatten_dict({"family": name, **fields}, sep="."), where)
     check_model(model, where)
     return model
 
@@ -175,15 +177,6 @@ def _field(model: ModelConfig, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name, None)
     return value
-
-
-def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """{"moe.num_experts": 8} -> {"moe": {"num_experts": 8}}."""
-    tree: dict[str, Any] = {}
-    for path, value in fields.items():
-        part, _, name = path.rpartition(".")
-        (tree.setdefault(part, {}) if part else tree)[name] = value
-    return tree
 
 
 def _read_rope(values: Mapping[str, Any], latent: bool, where: str) -> dict[str, Any]:

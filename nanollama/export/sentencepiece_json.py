@@ -1,22 +1,23 @@
 """A SentencePiece model as a tokenizer.json that the `tokenizers` library encodes alike.
 
 transformers 5 turns a bare tokenizer.model into another tokenizer (246 to 302 of 304 lines differ), so exports
-carry this file. Owns the conversion only; freezing is `data.tokenizer` and `data.hub_tokenizer`.
+carry this file. Owns the conversion only; freezing is `data.hub_tokenizer`.
 """
 
 import base64
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import sentencepiece
 
 from nanollama.data.files import DataError
+from nanollama.data.protobuf import fields
+from nanollama.data.tokenizer_json import added_token, begin_with, dump, merges_of
 
 _SPACE = "\u2581"
 
 
-def tokenizer_json(model: bytes, *, add_bos: bool) -> bytes:
+def tokenizer_json_of_sentencepiece(model: bytes, *, add_bos: bool) -> bytes:
     """The file's bytes. `add_bos`: texts begin with the bos token when special tokens are asked for.
 
     Differs from SentencePiece on one thing: U+2581 written in a text becomes a space. Errors: DataError on a model
@@ -25,19 +26,20 @@ def tokenizer_json(model: bytes, *, add_bos: bool) -> bytes:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     kind, normalizer = _trainer_kind(model), _Normalizer(model)
     pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.vocab_size())]
-    unk = processor.id_to_piece(processor.unk_id())
+    unk, bos = processor.id_to_piece(processor.unk_id()), processor.id_to_piece(processor.bos_id())
     byte_fallback = processor.piece_to_id("<0x00>") != processor.unk_id()
     if kind == "bpe":
         vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
-        merged = {
+        scores = {
             piece: score
             for index, (piece, score) in enumerate(pieces)
             if not (processor.is_control(index) or processor.is_byte(index) or processor.is_unknown(index))
         }
+        best_first = sorted(scores, key=lambda piece: -scores[piece])
         body: dict[str, Any] = dict(type="BPE", dropout=None, unk_token=unk, continuing_subword_prefix=None,
-                                    end_of_word_suffix=None,
-                                    fuse_unk=True, byte_fallback=byte_fallback, ignore_merges=False, vocab=vocabulary,
-                    merges=list(_merges(merged, vocabulary)))  # fmt: skip
+                                    end_of_word_suffix=None, fuse_unk=True, byte_fallback=byte_fallback,
+                                    ignore_merges=False, vocab=vocabulary,
+                                    merges=list(merges_of(best_first, vocabulary)))  # fmt: skip
     else:
         body = dict(type="Unigram", unk_id=processor.unk_id(), vocab=[list(piece) for piece in pieces],
                     byte_fallback=byte_fallback)  # fmt: skip
@@ -48,22 +50,14 @@ def tokenizer_json(model: bytes, *, add_bos: bool) -> bytes:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(i, pieces[i][0], i in special) for i in sorted({*special, *written})],
+        "added_tokens": [added_token(i, pieces[i][0], special=i in special) for i in sorted({*special, *written})],
         "normalizer": normalizer.steps(),
         "pre_tokenizer": None,
-        "post_processor": _begin_with(processor) if add_bos else None,
+        "post_processor": begin_with(bos, processor.bos_id()) if add_bos else None,
         "decoder": _decoder(normalizer.dummy_prefix),
         "model": body,
     }
-    return (json.dumps(file, ensure_ascii=False) + "\n").encode()
-
-
-def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> Iterator[list[str]]:
-    """Pairs that make each piece, best score first: SentencePiece's greedy order as BPE ranks."""
-    for piece, _ in sorted(scores.items(), key=lambda item: -item[1]):
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = [pair for pair in splits if pair[0] in scores and pair[1] in scores]
-        yield from (list(pair) for pair in sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]])))
+    return dump(file)
 
 
 class _Normalizer:
@@ -71,8 +65,8 @@ class _Normalizer:
 
     def __init__(self, model: bytes):
         self.charsmap, self.dummy_prefix, self.squeeze = b"", True, True  # SentencePiece's own defaults
-        for spec in (value for field, value in _fields(model) if field == 3):
-            for field, value in _fields(spec):
+        for spec in (value for field, value in _values(model) if field == 3):
+            for field, value in _values(spec):
                 if field == 2:
                     self.charsmap = value
                 elif field == 3:
@@ -104,27 +98,11 @@ def _decoder(dummy_prefix: bool) -> dict[str, Any]:
     return {"type": "Sequence", "decoders": steps}
 
 
-def _begin_with(processor: Any) -> dict[str, Any]:
-    bos = processor.id_to_piece(processor.bos_id())
-    first, second = {"SpecialToken": {"id": bos, "type_id": 0}}, {"SpecialToken": {"id": bos, "type_id": 1}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, second, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {bos: {"id": bos, "ids": [processor.bos_id()], "tokens": [bos]}},
-    }
-
-
-def _added(index: int, piece: str, special: bool) -> dict[str, Any]:
-    return dict(id=index, content=piece, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                special=special)  # fmt: skip
-
-
 def _trainer_kind(model: bytes) -> str:
     """"bpe" or "unigram": trainer_spec (field 2) model_type (field 3)."""
     kind = 1
-    for spec in (value for field, value in _fields(model) if field == 2):
-        kind = next((value for field, value in _fields(spec) if field == 3), 1)
+    for spec in (value for field, value in _values(model) if field == 2):
+        kind = next((value for field, value in _values(spec) if field == 3), 1)
     if kind not in (1, 2):
         raise DataError("tokenizer.model: neither BPE nor unigram: no tokenizer.json can say what it does.")
     return "bpe" if kind == 2 else "unigram"
@@ -133,31 +111,12 @@ def _trainer_kind(model: bytes) -> str:
 def _user_defined(model: bytes) -> set[str]:
     """Pieces of type USER_DEFINED (4), which are matched before anything else."""
     found = set()
-    for piece in (dict(_fields(value)) for field, value in _fields(model) if field == 1):
+    for piece in (dict(_values(value)) for field, value in _values(model) if field == 1):
         if piece.get(3) == 4:
             found.add(piece[1].decode())
     return found
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+def _values(message: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of a protobuf message's fields: int for varints, bytes for the others."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            value |= (byte & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(key & 7) or varint()
-        yield key >> 3, data[at : at + size]
-        at += size
+    return ((field.number, field.value) for field in fields(message))
