@@ -186,6 +186,19 @@ def test_records_of_a_warc_file(tmp_path: Path) -> None:
     assert told(read_all(open_source(dataset))) == [("bad", "file cut off or damaged")]
 
 
+def test_a_warc_record_that_comes_twice_is_one_document(tmp_path: Path) -> None:
+    once = record("conversion", b"A page of text.", "text/plain", **{"WARC-Record-ID": "<urn:uuid:11>"})
+    other = record("conversion", b"Another one.", "text/plain", **{"WARC-Record-ID": "<urn:uuid:12>"})
+    (tmp_path / "a.warc.gz").write_bytes(once + other)
+    (tmp_path / "b.warc.gz").write_bytes(once)
+    dataset = {"name": "set", "source": str(tmp_path / "*.warc.gz")}
+    manifest = build_corpus(mixture(tmp_path / "mix.yaml", dataset), tmp_path / "out")
+    assert manifest["datasets"][0]["dropped"] == {"duplicate id": 1}
+    assert [row["id"] for row in documents(tmp_path / "out")] == ["set/11", "set/12"]
+    with pytest.raises(DataError, match=r"1 documents have an id \(WARC-Record-ID\) that came before"):
+        build_corpus(mixture(tmp_path / "mix.yaml", {**dataset, "on_error": "stop"}), tmp_path / "out")
+
+
 def test_records_do_not_depend_on_how_the_stream_is_cut() -> None:
     content = gzip.decompress(record("conversion", b"one\r\n\r\ntwo", "text/plain")) * 3
     for size in (1, 3, 7, 50, 1000):

@@ -35,10 +35,10 @@ from data_pipeline.engine.tasks import Executor
 from data_pipeline.mixtures.load import mixture_mapping
 from data_pipeline.mixtures.schema import MixtureConfig
 from data_pipeline.sources import Input, Part, open_source
-from data_pipeline.sources.dataset import DatasetConfig, format_of
+from data_pipeline.sources.dataset import DatasetConfig, brings_ids, format_of
 from nanollama.data.files import DataError, sha256_file, sha256_json, write_atomic, write_json
 
-STAGE_VERSION = 2  # raise it when the same inputs would give other bytes
+STAGE_VERSION = 3  # raise it when the same inputs would give other bytes
 DECISIONS, CACHE, INDEX = "decisions", ".cache", "decisions/index.json"
 LISTED_INPUTS = 100  # a manifest names the inputs one by one up to this many
 SHOWN_DROPS = 5  # bad rows printed per dataset; all are in dropped.jsonl
@@ -193,12 +193,13 @@ class Run:
 
     def _stop_at_repeated_ids(self, shards: list[Shard]) -> None:
         for dataset in self.datasets:
-            if dataset.on_error == "stop" and dataset.id_field is not None:
+            if dataset.on_error == "stop" and brings_ids(dataset):
                 mine = [shard for shard in shards if shard.dataset == dataset.name]
                 counts = account.count(dataset, mine, self._known)
                 if counts.dropped.get(whole.DUPLICATE_ID):
                     raise DataError(f"dataset {dataset.name}: {counts.dropped[whole.DUPLICATE_ID]} documents have an "
-                                    f"id ({dataset.id_field}) that came before. Mend the rows, or set on_error: skip.")
+                                    f"id ({dataset.id_field or 'WARC-Record-ID'}) that came before. Mend the rows, or "
+                                    "set on_error: skip.")
 
     def steps(self, shards: list[Shard], sections: tuple[str, ...]) -> list[Shard]:
         """Shards after the whole-corpus steps of `sections`."""
