@@ -120,6 +120,7 @@ def test_the_records_hold_the_corpus_exactly(room: Path, packed: Path) -> None:
     assert [row["doc"] for row in rows] == list(range(len(wanted)))
     assert [row["doc_id"] for row in rows] == [row["id"] for row in documents(room / "corpus")]
     assert json.loads(rows[-1]["meta"]) == {"year": 2020}
+    assert {(row["source"], row["date"]) for row in rows} == {("code", None), ("short", "2020")}
     assert "none is lost, none is\nrepeated" in (packed / "DATA_CARD.md").read_text()
 
 

@@ -56,7 +56,7 @@ class Plan:
     head: dict[str, Any]  # of the manifest
 
     @classmethod
-    def of(cls, mixture: MixtureConfig, file: str) -> "Plan":
+    def of(cls, mixture: MixtureConfig, file: str, shard_format: str) -> "Plan":
         parts = [[(part, part.inputs()) for part in open_source(dataset).parts()] for dataset in mixture.datasets]
         inputs = [_inputs([row for _, rows in own for row in rows]) for own in parts]
         filters = {dataset.name: filter_plans(dataset) for dataset in mixture.datasets}
@@ -65,10 +65,10 @@ class Plan:
         head: dict[str, Any] = {
             "schema_version": corpus_format.SCHEMA_VERSION, "kind": "corpus", "fingerprint": "", "mixture": {
                 "file": file, "sha256": sha256_json(mixture_mapping(mixture)), "config": mixture_mapping(mixture)
-            }, "code": code_version(), "python": platform.python_version()
+            }, "code": code_version(), "python": platform.python_version(), "format": shard_format
         }
         head["fingerprint"] = sha256_json({
-            "stage": "corpus", "version": STAGE_VERSION, "mixture": head["mixture"]["sha256"],
+            "stage": "corpus", "version": STAGE_VERSION, "mixture": head["mixture"]["sha256"], "format": shard_format,
             "inputs": [row["sha256"] for row in inputs], "steps": [plan.key for plan in steps],
             "filters": {name: [plan.key for plan in plans] for name, plans in filters.items()}
         })
@@ -233,7 +233,7 @@ class Run:
                 yield shard, one
 
         origins = any(format_of(dataset) == "docstrings" for dataset in self.datasets)
-        return plan_outputs(facts(), self.cache / "corpus", origins)
+        return plan_outputs(facts(), self.cache / "corpus", origins, self.plan.head["format"])
 
     def finish(self, shards: list[Shard], outputs: list[OutputTask], manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the documents, move them into place, the manifest last. The earlier corpus is whole until then."""
@@ -252,7 +252,7 @@ class Run:
         shutil.rmtree(self.output / corpus_format.SHARDS, ignore_errors=True)
         (self.output / corpus_format.SHARDS).mkdir(parents=True)
         for number, task in enumerate(outputs):
-            name = f"{corpus_format.SHARDS}/part-{number:05d}.jsonl"
+            name = f"{corpus_format.SHARDS}/part-{number:05d}.{self.plan.head['format']}"
             os.replace(task.path, self.output / name)
             manifest["shards"].append({"path": name, "dataset": task.dataset, **written[number]})
         dropped = self.output / corpus_format.DROPPED

@@ -1,4 +1,4 @@
-"""The last step of the corpus command: documents that every stage kept become JSONL shards, written once.
+"""The last step of the corpus command: documents that every stage kept become shards, written once.
 
 Owns which documents go into which file (decided by the sizes of the texts, before any is written, so that files can
 be made in any process and order) and the list of dropped rows. Knows no stage.
@@ -28,7 +28,8 @@ from data_pipeline.curation.shards import (
 from data_pipeline.text.documents import text_digest
 from nanollama.data.files import read_json, sha256_json, write_atomic
 
-STAGE_VERSION = 1  # raise it when the same documents would give other bytes
+STAGE_VERSION = 2  # raise it when the same documents would give other bytes
+WRITTEN = ("id", "text", "meta", "date", "digest", ATTRIBUTES)  # columns that a document is made of
 WISHED_AWAY = (OVER_CAP, NOT_SAMPLED)  # reasons that are not listed row by row
 
 
@@ -65,7 +66,8 @@ class DropsTask:
     rows: str  # of the table
 
 
-def plan_outputs(shards: Iterable[tuple[Shard, Facts]], cache: Path, origins: bool) -> list[OutputTask]:
+def plan_outputs(shards: Iterable[tuple[Shard, Facts]], cache: Path, origins: bool,
+                 shard_format: str) -> list[OutputTask]:
     """The files of the corpus in their order: documents in theirs, a file of one dataset, of about SHARD_BYTES.
 
     `origins`: another dataset is made from texts as they are read (docstrings), and packing must be able to tell.
@@ -78,8 +80,8 @@ def plan_outputs(shards: Iterable[tuple[Shard, Facts]], cache: Path, origins: bo
         nonlocal held
         if pieces:
             members = [[piece.shard.dataset, piece.shard.key, piece.start, piece.stop] for piece in pieces]
-            key = sha256_json(["output", STAGE_VERSION, origins, members])
-            tasks.append(OutputTask(pieces[0].shard.dataset, tuple(pieces), str(cache / f"{key[:32]}.jsonl"),
+            key = sha256_json(["output", STAGE_VERSION, shard_format, origins, members])
+            tasks.append(OutputTask(pieces[0].shard.dataset, tuple(pieces), str(cache / f"{key[:32]}.{shard_format}"),
                                     origins))
         pieces.clear()
         held = 0
@@ -111,9 +113,10 @@ def write_output(task: OutputTask) -> dict[str, Any]:
         for piece in task.pieces:
             shard = piece.shard
             rewritten = task.origins and any(sidecar.new_texts() for sidecar in shard.sidecars)
-            for part in read_slices(shard, ("id", "text", "meta", "digest", ATTRIBUTES), piece.start, piece.stop):
+            for part in read_slices(shard, WRITTEN, piece.start, piece.stop):
                 for row in part.table.iter_rows(named=True):
-                    writer.write(f"{shard.dataset}/{row['id']}", row["text"], shard.dataset, _meta(row, rewritten))
+                    writer.write(f"{shard.dataset}/{row['id']}", row["text"], shard.dataset, _meta(row, rewritten),
+                                 row["date"])
     result = {"bytes": writer.bytes, "sha256": writer.sha256, "documents": writer.documents}
     write_marker(marker, result)
     return result

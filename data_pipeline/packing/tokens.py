@@ -27,7 +27,7 @@ TABLE = pyarrow.schema([
     ("doc_id", pyarrow.string()), ("source", pyarrow.uint16()),
     ("place", pyarrow.float64()), ("derived", pyarrow.bool_()),
     ("tokens", pyarrow.uint32()), ("bytes", pyarrow.uint64()), ("characters", pyarrow.uint64()),
-    ("sha256", pyarrow.string()), ("meta", pyarrow.string())])
+    ("sha256", pyarrow.string()), ("date", pyarrow.string()), ("meta", pyarrow.string())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,5 +136,5 @@ def _encode(batch: list[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype, 
             "place": place(digest, row["meta"], task.seed),
             "derived": is_derived(row["meta"]),
             "tokens": len(ids), "bytes": len(encoded), "characters": len(row["text"]), "sha256": digest.hex(),
-            "meta": json.dumps(row["meta"], ensure_ascii=False, sort_keys=True)})
+            "date": row.get("date"), "meta": json.dumps(row["meta"], ensure_ascii=False, sort_keys=True)})
     return rows
