@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 
 from data_pipeline.curation import corpus_format
 from data_pipeline.curation.corpus_format import ShardWriter
@@ -139,16 +140,31 @@ def write_drops(task: DropsTask) -> None:
         write_table(task.rows, read_columns(task.shard.path, [name for name in RAW.names if name != "text"]))
     if path.exists():
         return
-    reasons = final_reasons(task.shard)
+    reasons, details = final_reasons(task.shard), _details(task.shard)
     raw = read_columns(task.shard.path, ["id", "place", "detail"])
     rows = np.flatnonzero(np.array([reason is not None and reason not in WISHED_AWAY for reason in reasons], bool))
     lines = []
     for row, found in zip(rows.tolist(), raw.take(rows).to_pylist(), strict=True):
         line = {"dataset": task.shard.dataset, "place": found["place"], "reason": reasons[row],
-                "detail": found["detail"] or "", "id": found["id"]}
+                "detail": found["detail"] or details.get(row, ""), "id": found["id"]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(lines))
+
+
+def _details(shard: Shard) -> dict[int, str]:
+    """{row: of what it is a copy, or which evaluation item it holds}, of rows that a step dropped for that."""
+    told: dict[int, str] = {}
+    for sidecar in shard.sidecars:
+        names = {"duplicate_of", "hits"} & set(pyarrow.parquet.read_schema(sidecar.path).names)
+        table = read_columns(sidecar.path, ["row", "reason", *names]) if names else None
+        for one in table.filter(table.column("reason").is_valid()).to_pylist() if table is not None else ():
+            hit = (one.get("hits") or [None])[0]
+            if one.get("duplicate_of") is not None:
+                told[one["row"]] = f"of {one['duplicate_of']}"
+            elif hit is not None:
+                told[one["row"]] = f"{', '.join(hit['items'][:3])}: {hit['text']}".removeprefix(": ")
+    return told
 
 
 def final_reasons(shard: Shard) -> list[str | None]:
