@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_pipeline.curation.corpus_format import read_shard
+from data_pipeline.packing.phases import phase_of
 from data_pipeline.text.documents import hash_fraction, text_digest
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ class ShardTask:
     tokenizer_sha256: str
     seed: int
     output: str  # path of the result without suffix
+    phase: int | None = None  # of a curriculum: only the documents of this one
 
     @property
     def weight(self) -> int:
@@ -73,8 +75,11 @@ def tokenize_shard(task: ShardTask) -> tuple[int, int]:
     rows: list[dict[str, Any]] = []
     with open(temporary, "wb") as file:
         batch: list[dict[str, Any]] = []
-        characters = 0
+        characters = seen = 0
         for row in read_shard(task.corpus, task.shard):
+            seen += 1
+            if task.phase not in (None, phase_of(row)):
+                continue
             batch.append(row)
             characters += len(row["text"])
             if characters >= BATCH_CHARACTERS:
@@ -83,9 +88,9 @@ def tokenize_shard(task: ShardTask) -> tuple[int, int]:
         rows += _encode(batch, tokenizer, dtype, task, file)
         file.flush()
         os.fsync(file.fileno())
-    if len(rows) != task.shard["documents"]:
+    if seen != task.shard["documents"]:
         raise DataError(
-            f"{task.shard['path']}: {len(rows)} documents, the corpus manifest says "
+            f"{task.shard['path']}: {seen} documents, the corpus manifest says "
             f"{task.shard['documents']}. Delete the corpus manifest and run data_pipeline.corpus again.")
     os.replace(temporary, task.tokens_path)
     table = pyarrow.Table.from_pylist(rows, TABLE)
