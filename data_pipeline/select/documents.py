@@ -59,9 +59,9 @@ def rates_for_shares(sizes: Mapping[str, float], shares: Mapping[str, float],
     """rate_v = shares_g / (part of the text that group g is), the largest 1: with these each group has its share.
 
     `sizes`: text there is of each value; `groups`: the group of a value, each its own where not given; the values of
-    a group keep their proportions. No groups suit quality, where levels differ; groups suit domains, of whose 27 classes
-    many have too little text to be weighed one by one (Parmar et al. 2024, arXiv:2407.06380). Raises ValueError when
-    the shares are not of the groups that are there.
+    a group keep their proportions. No groups suit quality, where levels differ; groups suit domains, of whose 27
+    classes many have too little text to be weighed one by one (Parmar et al. 2024, arXiv:2407.06380). Raises
+    ValueError when the shares are not of the groups that are there.
     """
     group_of = {value: groups.get(value, value) for value in sizes}
     there: dict[str, float] = {}
