@@ -316,6 +316,13 @@ def test_every_step_takes_shards_of_no_documents(tmp_path: Path) -> None:
     assert re.search(r"own +\|  +2 \|  +1 \|  +1 \|  +1 \|\n\| total +\|  +2 \|", card)
     corpus = Corpus(tmp_path / "out")
     dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    ids = {row["id"] for row in documents(tmp_path / "out")} | {f"{row['dataset']}/{row['id']}" for row in dropped}
+    details = {reason: [row["detail"] for row in dropped if row["reason"] == reason]
+               for reason in ("exact duplicate", "near duplicate", "contaminated by own", "shorter than 60 characters")}
+    assert all(detail.removeprefix("of ") in ids for detail in details["exact duplicate"] + details["near duplicate"])
+    assert details["exact duplicate"] and details["near duplicate"]
+    assert set(details["shorter than 60 characters"]) == {""}
+    assert all(re.match("own/[01]: [a-z ]{20}", detail) for detail in details["contaminated by own"])
     told = [describe(corpus.explain(f"{row['dataset']}/{row['id']}")) for row in dropped
             if row["reason"] == "contaminated by own"]
     assert any(re.search(r"^  hit +whole: own/1 \(text\), ", text, re.MULTILINE) for text in told)
