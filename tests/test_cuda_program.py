@@ -45,7 +45,7 @@ def trips(text: str) -> list[int]:
 
 
 def test_no_scatter_becomes_a_loop_or_a_sort_of_everything() -> None:
-    """What the deterministic flag makes of scatter-adds: an iteration a token (0.10.1), a sort of all numbers (0.12)."""
+    """What the deterministic flag makes of scatter-adds: a step a token (0.10.1), a sort of all numbers (0.12)."""
     assert "--xla_gpu_deterministic_ops=true" in backend.known_flags("gpu")
     text = program(EXPERTS)
     assert max(sorted_numbers(text)) <= ROWS * LENGTH * EXPERTS.moe.experts_per_token

@@ -38,8 +38,8 @@ def _backward(size: int, kept: tuple[jax.Array, jax.Array], gradient_BTD: jax.Ar
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         sums_VD = _sums(gradient_BTD, tokens_BT, size)
     else:
-        gradient = partition_spec(("batch", None, "activation_embed"), gradient_BTD.shape, mesh)  # type: ignore[arg-type]
-        table = partition_spec(("vocab", "activation_embed"), (size, gradient_BTD.shape[2]), mesh)  # type: ignore[arg-type]
+        gradient = partition_spec(("batch", None, "activation_embed"), gradient_BTD.shape, mesh)
+        table = partition_spec(("vocab", "activation_embed"), (size, gradient_BTD.shape[2]), mesh)
 
         def on_one_device(gradient_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
             rows = size
