@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks import workload
 from benchmarks.jax_side import config_of
 from benchmarks.machine import RESULTS, write
+from nanollama.accelerators import peak_flops
 from nanollama.config import ComputeConfig, Config, ModelConfig
 from nanollama.models.accounting import MFU_CONVENTION, count_parameters, mfu
 from nanollama.models.decoder import Decoder
@@ -38,7 +39,7 @@ from nanollama.parallel import backend
 from nanollama.parallel.mesh import make_mesh, mesh_sizes
 from nanollama.planning import here
 from nanollama.planning.memory import estimate
-from nanollama.planning.targets import DEVICES, GIB
+from nanollama.planning.targets import GIB
 from nanollama.training.optim import make_optimizer
 from nanollama.training.state import init_state
 from nanollama.training.step import make_train_step, put_batch
@@ -130,7 +131,7 @@ def measure(case: Case, setting: Setting, dtype: Literal["float32", "bfloat16"],
 def speed(case: Case, setting: Setting, seconds: list[float]) -> dict[str, Any]:
     """Of step times: the fastest, the middle one, and MFU where the data sheet of the device is known."""
     tokens, best = setting.rows * case.length, min(seconds)
-    peak = next((d.peak_flops for d in DEVICES.values() if d.kind in jax.devices()[0].device_kind), None)
+    peak = peak_flops(jax.devices()[0].device_kind)
     flops = mfu(case.model, case.length, tokens / best, 1.0)
     return {
         "tokens_per_second": round(tokens / best),

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.analysis import analysis_page
-from data_pipeline.analysis.estimate import ACCELERATORS, WORLD_CARBON, Estimate, Inputs, estimate, formulas
+from data_pipeline.analysis.estimate import ACCELERATORS, Estimate, Inputs, estimate, formulas
 from data_pipeline.analysis.facts import Analysis, analyze
 from data_pipeline.curation.cards import size, table
 from data_pipeline.engine.progress import Progress
 from data_pipeline.engine.stage import Help, command
+from nanollama.accelerators import WORLD_CARBON
 from nanollama.data.files import DataError, write_atomic, write_json
 
 PAGE, FACTS = "analysis.html", "analysis.json"

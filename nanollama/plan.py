@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from nanollama import config_files
+from nanollama.accelerators import WORLD_CARBON
 from nanollama.config import Config, ConfigError
 from nanollama.data.files import DataError, write_json
 from nanollama.data.strict import FieldError
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto",
                         help="compile for the target: where its compiler is installed, always, never")  # fmt: skip
     parser.add_argument("--price", type=float, help="dollars per device and hour; default: a list price")
-    parser.add_argument("--carbon", type=float, default=targets.CARBON, help="kg of CO2 per kWh (%(default)s)")
+    parser.add_argument("--carbon", type=float, default=WORLD_CARBON, help="kg of CO2 per kWh (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures here, and not as the last line")
     parser.add_argument("--shardings", action="store_true", help="print where each parameter lives, and stop")
     options, rest = parser.parse_known_args(arguments)
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan(config: Config, target: Target, *, compile_it: str = "auto", price: float | None = None,
-         carbon: float = targets.CARBON) -> tuple[dict[str, Any], str]:  # fmt: skip
+         carbon: float = WORLD_CARBON) -> tuple[dict[str, Any], str]:  # fmt: skip
     """(figures, report). Errors: ConfigError where the config cannot run on so many devices at all."""
     room = target.device.memory
     fitted = not config.batch.micro_batches

@@ -34,11 +34,12 @@ from nanollama.planning.knobs import with_micro_batches
 from nanollama.training import elastic, initial
 from nanollama.training import step as same_mesh
 from nanollama.training.checkpoint import Checkpoints
-from nanollama.training.metrics import MetricsLog, NoLog, Throughput, total_peak
+from nanollama.training.metrics import MetricsLog, NoLog
 from nanollama.training.optim import make_optimizer
 from nanollama.training.samples import Sampler
 from nanollama.training.state import abstract_state, state_shardings
 from nanollama.training.stop import StopSignal
+from nanollama.training.throughput import Throughput, total_peak
 from nanollama.training.validation import Validation
 from nanollama.training.watch import NotFinite, Watch
 

@@ -1,6 +1,6 @@
 """`make test-parity`: every family against transformers on torch, in both directions; prints a table.
 
-Needs the extra [parity]. `--write_golden` stores what transformers computed, for the tests that run without it.
+Needs the extra [parity]. `--write-golden` stores what transformers computed, for the tests that run without it.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def write_golden(case: Case, expected: Results) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write_golden", action="store_true", help="store what transformers computed")
+    parser.add_argument("--write-golden", action="store_true", help="store what transformers computed")
     parser.add_argument("--family", default="", help="only these, with commas between")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()

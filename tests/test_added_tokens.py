@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from hub_tokenizers import freeze as freeze_hub
 from packed_sets import make_texts, make_tokenizer
-from test_hub_tokenizer import freeze as freeze_hub
 from test_initial import MODEL, OLD, random_run
 
 from nanollama.config import ConfigError

@@ -15,21 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny import MODEL
 
-from nanollama.config import CheckpointConfig, ModelConfig
+from nanollama.config import CheckpointConfig
 from nanollama.data.strict import to_mapping
 from nanollama.training import checkpoint, integrity
 from nanollama.training.checkpoint import CheckpointError, Checkpoints, restore_params, tree_hash
 
-MODEL = ModelConfig(
-    vocab_size=128,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-)
 METADATA = {"config": {"model": to_mapping(MODEL)}, "tokenizer": "abc", "source_tokens": {"a": 7}}
 
 

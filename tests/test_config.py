@@ -24,7 +24,6 @@ from nanollama.config import (
     resolve,
 )
 
-SETS = (PackedSetConfig("absent"),)
 EXPERTS = dataclasses.replace(MODEL, moe=MoeConfig(num_experts=4, experts_per_token=1, expert_size=32))
 OF_RUN = {"initial_checkpoint": "runs/base"}
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from family_cases import CASES, load
-from test_hub_tokenizer import byte_level
+from hub_tokenizers import byte_level
 
 from nanollama.config import ConfigError
 from nanollama.data.files import DataError

@@ -11,36 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+from hub_tokenizers import freeze
 
 from nanollama.chat import Conversation
 from nanollama.data.chat_template import render
 from nanollama.data.files import DataError
-from nanollama.data.tokenizer import Tokenizer
 from nanollama.data.tokenizer_folder import copy_tokenizer, load_tokenizer
 from nanollama.generation.engine import Delta
 from nanollama.generation.sampling import SamplingConfig
 
 TEXTS = ["Hello, world! 123 times.", "  two  spaces  ", "def f(x):\n\treturn x**2\n", "日本語 🙂 é", "<|end|>", ""]
-
-
-def byte_level(tokens: list[str]) -> bytes:
-    """A byte-level BPE without merges, with special tokens after the bytes."""
-    import tokenizers
-
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model = tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[])
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(tokens)
-    return tokenizer.to_str().encode()
-
-
-def freeze(folder: Path, **changes: Any) -> Tokenizer:
-    from nanollama.data.hub_tokenizer import freeze_tokenizer_json
-
-    values: dict[str, Any] = dict(bos=None, eos="<|end|>", pad=None, chat_template=None, corpus={})
-    return freeze_tokenizer_json(folder, byte_level(["<|end|>", "<|begin|>"]), **{**values, **changes})
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from nanollama.accelerators import PEAK_FLOPS, WORLD_CARBON
 from nanollama.data.files import DataError
 from nanollama.data.strict import nearest
 from nanollama.quantities import amount
@@ -22,18 +23,17 @@ class Accelerator(NamedTuple):
 
 
 ACCELERATORS: dict[str, Accelerator] = {
-    "a100": Accelerator("NVIDIA A100 SXM", 312e12, 400),
-    "h100": Accelerator("NVIDIA H100 SXM", 989e12, 700),
-    "h200": Accelerator("NVIDIA H200 SXM", 989e12, 700),
-    "b200": Accelerator("NVIDIA B200", 2250e12, 1000),
-    "l40s": Accelerator("NVIDIA L40S", 362e12, 350),
-    "mi300x": Accelerator("AMD MI300X", 1307e12, 750),
-    "tpu-v4": Accelerator("Google TPU v4", 275e12, None),
-    "tpu-v5e": Accelerator("Google TPU v5e", 197e12, None),
-    "tpu-v5p": Accelerator("Google TPU v5p", 459e12, None),
-    "tpu-v6e": Accelerator("Google TPU v6e", 918e12, None),
+    "a100": Accelerator("NVIDIA A100 SXM", PEAK_FLOPS["a100"], 400),
+    "h100": Accelerator("NVIDIA H100 SXM", PEAK_FLOPS["h100"], 700),
+    "h200": Accelerator("NVIDIA H200 SXM", PEAK_FLOPS["h200"], 700),
+    "b200": Accelerator("NVIDIA B200", PEAK_FLOPS["b200"], 1000),
+    "l40s": Accelerator("NVIDIA L40S", PEAK_FLOPS["l40s"], 350),
+    "mi300x": Accelerator("AMD MI300X", PEAK_FLOPS["mi300x"], 750),
+    "tpu-v4": Accelerator("Google TPU v4", PEAK_FLOPS["tpu v4"], None),
+    "tpu-v5e": Accelerator("Google TPU v5e", PEAK_FLOPS["tpu v5e"], None),
+    "tpu-v5p": Accelerator("Google TPU v5p", PEAK_FLOPS["tpu v5"], None),
+    "tpu-v6e": Accelerator("Google TPU v6e", PEAK_FLOPS["tpu v6"], None),
 }
-WORLD_CARBON = 0.473  # kg CO2 a kWh, world average of 2024 (Ember, Global Electricity Review 2025)
 
 
 @dataclasses.dataclass(frozen=True)

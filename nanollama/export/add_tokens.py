@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="run folder to make")
     parser.add_argument("--tokens", nargs="+", default=list(CHAT_TOKENS), metavar="TOKEN",
                         help=f"default: {' '.join(CHAT_TOKENS)}")  # fmt: skip
-    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja; default: the tokenizer's own")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja; default: the tokenizer's own")
     options = parser.parse_args(arguments)
     try:
         template = options.chat_template.read_text(encoding="utf-8") if options.chat_template else None

@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", default="", choices=["", *FLOATS], help="default: as imported, else float32")
     parser.add_argument("--adapter", action="store_true", help="of a LoRA run: the adapters alone, for peft")
-    parser.add_argument("--shard_gigabytes", type=float, default=5.0, help="weights are cut into files of this size")
+    parser.add_argument("--shard-gigabytes", type=float, default=5.0, help="weights are cut into files of this size")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
     try:

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kind", default="", choices=["", *KINDS], help="of a tiktoken file")
     parser.add_argument("--bos", help="token that begins every text; default: as published")
     parser.add_argument("--eos", help="token that ends every text; default: as published")
-    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja")
     options = parser.parse_args(arguments)
     try:
         template = options.chat_template.read_text(encoding="utf-8") if options.chat_template else None

@@ -15,7 +15,7 @@ from nanollama.parallel.mesh import AXES, mesh_sizes
 from nanollama.planning import knobs
 from nanollama.planning.memory import Memory, estimate, rows_on_device, state_bytes
 from nanollama.planning.targets import DEVICES, GIB, Device, Target
-from nanollama.training.metrics import measured_matmul_flops
+from nanollama.training.throughput import measured_matmul_flops
 
 # Below this share of the memory the state alone is no reason to look closer.
 _EASY = 0.25

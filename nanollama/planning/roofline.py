@@ -9,10 +9,11 @@ import math
 
 import jax.numpy as jnp
 
+from nanollama.accelerators import WORLD_CARBON
 from nanollama.config import Config
 from nanollama.models.accounting import flops_per_token
 from nanollama.planning.memory import Memory, Sizes, rows_on_device
-from nanollama.planning.targets import CARBON, OVERHEAD, Target
+from nanollama.planning.targets import OVERHEAD, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,8 @@ def step_time(config: Config, target: Target, sizes: Sizes, memory: Memory) -> S
     )
     exposed = seconds("tensor", layers * (4 + 2 * again) * 2 * hidden)
     exposed += seconds("context", layers * (3 + again) * keys_values * sizes.get("context", 1))
-    if getattr(model, "moe", None) is not None:
-        exposed += seconds("expert", layers * (4 + 2 * again) * hidden * model.moe.experts_per_token)  # type: ignore[union-attr]
+    if model.moe is not None:
+        exposed += seconds("expert", layers * (4 + 2 * again) * hidden * model.moe.experts_per_token)
     stages = sizes.get("stage", 1)
     bubble = max(arithmetic, traffic / device.bandwidth) * (stages - 1) / micro
     return StepTime(arithmetic, traffic / device.bandwidth, overlapped, exposed, bubble)
@@ -98,7 +99,7 @@ class Bill:
 
 
 def bill(config: Config, target: Target, seconds: float, *, price: float | None = None,
-         carbon: float = CARBON) -> Bill:  # fmt: skip
+         carbon: float = WORLD_CARBON) -> Bill:  # fmt: skip
     """Of `config.steps` steps of `seconds`; price in dollars per device and hour, carbon in kg per kWh."""
     device, length = target.device, config.data.sequence_length
     tokens = config.batch.global_rows * length

@@ -9,6 +9,7 @@ import math
 import re
 from typing import Literal
 
+from nanollama.accelerators import PEAK_FLOPS
 from nanollama.data.strict import FieldError, nearest
 
 GB, GIB = 1e9, 2**30
@@ -39,18 +40,25 @@ class Device:
 # together one way; network: 400 Gb/s InfiniBand or Ethernet per GPU, 200 GB/s of data-centre network per TPU host.
 DEVICES: dict[str, Device] = {
     # XLA keeps about 8 % of a GPU for its context, libraries and fragmentation.
-    "a100": Device("NVIDIA A100-SXM4-80GB", "cuda", 312e12, 0.92 * 80 * GIB, 2039 * GB, 300 * GB, 25 * GB, 8, 400, 1.8),
-    "h100": Device("NVIDIA H100 80GB HBM3", "cuda", 989e12, 0.92 * 80 * GIB, 3350 * GB, 450 * GB, 50 * GB, 8, 700, 3.0),
-    "h200": Device("NVIDIA H200", "cuda", 989e12, 0.92 * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, 700, 3.8),
-    "b200": Device("NVIDIA B200", "cuda", 2250e12, 0.92 * 180 * GB, 8000 * GB, 900 * GB, 50 * GB, 8, 1000, 6.0),
+    "a100": Device("NVIDIA A100-SXM4-80GB", "cuda", PEAK_FLOPS["a100"],
+                   0.92 * 80 * GIB, 2039 * GB, 300 * GB, 25 * GB, 8, 400, 1.8),
+    "h100": Device("NVIDIA H100 80GB HBM3", "cuda", PEAK_FLOPS["h100"],
+                   0.92 * 80 * GIB, 3350 * GB, 450 * GB, 50 * GB, 8, 700, 3.0),
+    "h200": Device("NVIDIA H200", "cuda", PEAK_FLOPS["h200"],
+                   0.92 * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, 700, 3.8),
+    "b200": Device("NVIDIA B200", "cuda", PEAK_FLOPS["b200"],
+                   0.92 * 180 * GB, 8000 * GB, 900 * GB, 50 * GB, 8, 1000, 6.0),
     # Memory as libtpu's compiler states it in its out-of-memory errors: 15.75 and 95.73 GiB.
-    "v4": Device("TPU v4", "tpu", 275e12, 31.75 * GIB, 1200 * GB, 135 * GB, 6 * GB, 4096, 192, 3.22),
-    "v5e": Device("TPU v5 lite", "tpu", 197e12, 15.75 * GIB, 819 * GB, 100 * GB, 6 * GB, 256, 200, 1.2),
-    "v5p": Device("TPU v5", "tpu", 459e12, 95.73 * GIB, 2765 * GB, 300 * GB, 6 * GB, 8960, 350, 4.2),
-    "v6e": Device("TPU v6 lite", "tpu", 918e12, 31.25 * GIB, 1640 * GB, 224 * GB, 6 * GB, 256, 300, 2.7),
-}
+    "v4": Device("TPU v4", "tpu", PEAK_FLOPS["tpu v4"],
+                 31.75 * GIB, 1200 * GB, 135 * GB, 6 * GB, 4096, 192, 3.22),
+    "v5e": Device("TPU v5 lite", "tpu", PEAK_FLOPS["tpu v5 lite"],
+                  15.75 * GIB, 819 * GB, 100 * GB, 6 * GB, 256, 200, 1.2),
+    "v5p": Device("TPU v5", "tpu", PEAK_FLOPS["tpu v5"],
+                  95.73 * GIB, 2765 * GB, 300 * GB, 6 * GB, 8960, 350, 4.2),
+    "v6e": Device("TPU v6 lite", "tpu", PEAK_FLOPS["tpu v6"],
+                  31.25 * GIB, 1640 * GB, 224 * GB, 6 * GB, 256, 300, 2.7),
+}  # fmt: skip
 OVERHEAD = 1.5  # power of hosts, network and cooling beside the devices' own
-CARBON = 0.473  # kg of CO2 per kWh: the world's average in 2024 (Ember, Global Electricity Review 2025)
 
 # Shapes of TPU slices: v4 and v5p are three-dimensional, v5e and v6e two-dimensional.
 _SLICES = {

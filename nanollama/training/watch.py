@@ -12,7 +12,8 @@ import numpy as np
 from nanollama.config import Config
 from nanollama.data.loader import Loader
 from nanollama.training.checkpoint import Checkpoints
-from nanollama.training.metrics import MetricsLog, NoLog, Throughput, memory_bytes
+from nanollama.training.metrics import MetricsLog, NoLog
+from nanollama.training.throughput import Throughput, memory_bytes
 
 _LOGGED = ("loss", "z_loss", "accuracy", "learning_rate", "grad_norm", "update_norm")
 _LOGGED_OF_EXPERTS = ("balance_loss", "router_z_loss", "expert_load_max", "expert_load_min", "dropped", "expert_load")
