@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     figures = {
         "size": options.size,
-        "matmul_tflops": round(ceiling(options.size), 3),
+        "matmul_tflops": round(ceiling(options.size), 6),
         "copy_mib": options.copy_mb,
         "copy_gb_per_second": round(copy_rate(options.copy_mb) / 1e9, 1),
     }

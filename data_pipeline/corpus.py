@@ -47,18 +47,21 @@ def build_corpus(config: str | os.PathLike[str],
                  analyze_only: bool = False,
                  limit_mb: float | None = None,
                  workers: int | None = None,
-                 engine: str = "local") -> dict[str, Any]:
+                 engine: str = "local",
+                 shard_format: str = "jsonl") -> dict[str, Any]:
     """Make the corpus of the mixture file `config` in `output`; returns its manifest.
 
     `step` stops after that one (the manifest returned then has no shards, and none is written). `analyze_only` reads
     and counts all in a temporary folder, and leaves nothing: `output` may be None. `limit_mb` takes only the first
     megabytes of each dataset, for a quick look. `workers` defaults to the processors, or to one for little text.
-    Errors: MixtureError, DataError.
+    `shard_format`: one of corpus_format.FORMATS. Errors: MixtureError, DataError.
     """
     if step not in STEPS:
         raise DataError(f"--step={step}: known are {', '.join(STEPS)}.")
     if engine not in ENGINES:
         raise DataError(f"--engine={engine}: known are {', '.join(ENGINES)}.")
+    if shard_format not in corpus_format.FORMATS:
+        raise DataError(f"--format={shard_format}: known are {', '.join(corpus_format.FORMATS)}.")
     if workers is not None and workers < 1:
         raise DataError(f"--workers={workers}: give 1 or more.")
     mixture = load_mixture(config)
@@ -68,11 +71,11 @@ def build_corpus(config: str | os.PathLike[str],
         raise DataError("--output is missing: give the corpus directory to make, or --analyze-only.")
     with contextlib.ExitStack() as stack:
         if workers is None:
-            plan = Plan.of(mixture, Path(config).name)
+            plan = Plan.of(mixture, Path(config).name, shard_format)
             executor = stack.enter_context(open_executor(engine, _workers(plan, engine)))
         else:  # they start up while this process plans
             executor = stack.enter_context(open_executor(engine, workers, soon=len(mixture.datasets)))
-            plan = Plan.of(mixture, Path(config).name)
+            plan = Plan.of(mixture, Path(config).name, shard_format)
         if output is None or analyze_only:
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanollama-analyze-"))
             more = "Set TMPDIR to a folder with more room, or give --limit-mb."
@@ -142,13 +145,16 @@ def _main() -> None:
     parser.add_argument("--workers", type=int, help="processes; default: the processors, one for little text")
     parser.add_argument("--engine", choices=ENGINES, default="local",
                         help="local processes, or the tasks of a Ray cluster (RAY_ADDRESS, or one started here)")
+    parser.add_argument("--format", choices=corpus_format.FORMATS, default="jsonl",
+                        help="of the corpus's shards: JSON lines, or Parquet with meta as JSON")
     arguments = parser.parse_args()
     start = time.monotonic()
     if arguments.analyze_only:  # SIGTERM ends it as an error would: the temporary folder goes
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     manifest = build_corpus(arguments.config, arguments.output, step=arguments.step,
                             analyze_only=arguments.analyze_only, limit_mb=arguments.limit_mb,
-                            workers=arguments.workers, engine=arguments.engine)
+                            workers=arguments.workers, engine=arguments.engine,
+                            shard_format=arguments.format)
     print(cards.corpus_table(manifest))
     if any(row["dropped"] for row in manifest["datasets"]):
         print("\n" + cards.drops_table(manifest))

@@ -130,7 +130,7 @@ class Corpus:
         return max(files, key=lambda one: len(one["path"])) if files else None
 
     def _line(self, dataset: str, number: int) -> dict[str, Any]:
-        """File and line, from 1, of the dataset's document `number`, from 0."""
+        """File and line (of Parquet: row), from 1, of the dataset's document `number`, from 0."""
         for shard in self.manifest["shards"]:
             if shard["dataset"] == dataset:
                 if number < shard["documents"]:
@@ -223,7 +223,8 @@ def describe(told: dict[str, Any]) -> str:
         lines.append(f"  copy        and {len(told['copies_dropped']) - COPIES_SHOWN} more")
     lines.append("  weight      " + _facts(told["weight"]))
     if "corpus" in told:
-        lines.append(f"  in corpus   {told['corpus']['path']}, line {told['corpus']['line']}")
+        unit = "row" if told["corpus"]["path"].endswith(".parquet") else "line"
+        lines.append(f"  in corpus   {told['corpus']['path']}, {unit} {told['corpus']['line']}")
     if told.get("packed"):
         at = told["packed"]
         lines.append(f"  packed      {at['packed']}: {at['split']} record {at['record']}, segment {at['segment']}, "

@@ -7,6 +7,7 @@ made again after a kill. The same inputs give the same bytes for any number of w
 
 import argparse
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -34,6 +35,7 @@ from data_pipeline.engine.workers import LocalExecutor
 from data_pipeline.mixtures.load import RATIO_SLACK
 from data_pipeline.packing import pack_card
 from data_pipeline.packing.files import FileTask, check_records, check_tasks, write_file
+from data_pipeline.packing.phases import Phase, phases_of
 from data_pipeline.packing.records import (
     SPLITS,
     WINDOW_DOCUMENTS,
@@ -51,7 +53,7 @@ from nanollama.data.strict import nearest
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.data.tokenizer_folder import load_tokenizer
 
-STAGE_VERSION = 3  # raise it when the same inputs would give other bytes
+STAGE_VERSION = 4  # raise it when the same inputs would give other bytes
 CARD_FILE = "DATA_CARD.md"
 LONGEST_RECORD = 65_536
 
@@ -81,17 +83,21 @@ def build_packed(corpus: str | os.PathLike[str],
                  validation_fraction: float | None = None,
                  seed: int | None = None,
                  workers: int = 1,
-                 dataset: str | None = None) -> dict[str, Any]:
+                 dataset: str | None = None,
+                 phase: Phase | None = None) -> dict[str, Any]:
     """Pack `corpus` with `tokenizer` into `output`; returns the set's manifest.
 
     `validation_fraction` and `seed` default to the mixture's `validation`. `dataset`: only this one of the
-    corpus's datasets; sets of one dataset each are what the trainer can weigh. Errors: DataError.
+    corpus's datasets; sets of one dataset each are what the trainer can weigh. `phase`: only the documents of this one.
+    Errors: DataError.
     """
     if workers < 1:
         raise DataError(f"--workers={workers}: give 1 or more.")
     corpus_manifest, corpus_sha256 = read_manifest(corpus)
     if dataset is not None:
         corpus_manifest = _only(corpus_manifest, dataset, corpus)
+    if phase is not None:
+        corpus_manifest = phase.part_of(corpus_manifest)
     frozen = load_tokenizer(tokenizer)
     validation = corpus_manifest["mixture"]["config"]["validation"]
     config = PackConfig(record_length,
@@ -101,7 +107,8 @@ def build_packed(corpus: str | os.PathLike[str],
     output = Path(output)
     fingerprint = sha256_json({"stage": "pack", "version": STAGE_VERSION, "corpus": corpus_sha256,
                                "tokenizer": frozen.sha256, "config": dataclasses.asdict(config),
-                               **({} if dataset is None else {"dataset": dataset})})
+                               **({} if dataset is None else {"dataset": dataset}),
+                               **({} if phase is None else {"phase": phase.number})})
     with Lock(output), disk_full_explained(output):
         require_own(output, MANIFEST_FILE, "packed", WORK, ("*.array_record", DOCUMENTS_FILE, CARD_FILE))
         done = finished(output, MANIFEST_FILE, fingerprint, lambda manifest: manifest["files"])
@@ -120,7 +127,8 @@ def build_packed(corpus: str | os.PathLike[str],
                 for name in ("sha256", "normalized_sha256", "vocab_size", "bos_id", "eos_id", "pad_id")
             }, "corpus": {"path": os.path.relpath(corpus, output), "manifest_sha256": corpus_sha256}
         }
-        manifest = _build(head, corpus, corpus_manifest, frozen, config, work, workers)
+        manifest = _build(head, corpus, corpus_manifest, frozen, config, work, workers,
+                          None if phase is None else phase.number)
         _put_in_place(output, work, manifest)
         return manifest
 
@@ -131,6 +139,20 @@ def pack_datasets(corpus: str | os.PathLike[str], tokenizer: str | os.PathLike[s
     rows = read_manifest(corpus)[0]["datasets"]
     return {row["name"]: build_packed(corpus, tokenizer, Path(output) / row["name"], dataset=row["name"], **options)
             for row in rows if row["kept"]}
+
+
+def pack_phases(corpus: str | os.PathLike[str], tokenizer: str | os.PathLike[str], output: str | os.PathLike[str],
+                *, per_dataset: bool = False, **options: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """{phase-N: {part: manifest}} of a packed set for each phase of `corpus` that has documents, in `output`/phase-N;
+    with `per_dataset` of one for each of its datasets, in `output`/phase-N/NAME. Options: `build_packed`'s."""
+    made: dict[str, dict[str, dict[str, Any]]] = {}
+    for phase in phases_of(corpus):
+        name = f"phase-{phase.number}"
+        parts = [part for part, count in phase.documents.items() if count]
+        chosen: dict[str, str | None] = {part: part for part in parts} if per_dataset else {"": None} if parts else {}
+        made[name] = {part: build_packed(corpus, tokenizer, Path(output) / name / part, dataset=dataset, phase=phase,
+                                         **options) for part, dataset in chosen.items()}
+    return {name: sets for name, sets in made.items() if sets}
 
 
 def _only(manifest: dict[str, Any], dataset: str, corpus: str | os.PathLike[str]) -> dict[str, Any]:
@@ -144,14 +166,14 @@ def _only(manifest: dict[str, Any], dataset: str, corpus: str | os.PathLike[str]
 
 
 def _build(head: dict[str, Any], corpus: str | os.PathLike[str], corpus_manifest: dict[str, Any],
-           tokenizer: Tokenizer, config: PackConfig, work: Path, workers: int) -> dict[str, Any]:
+           tokenizer: Tokenizer, config: PackConfig, work: Path, workers: int, phase: int | None) -> dict[str, Any]:
     """Everything up to the manifest, in `work`."""
     sources = [row["name"] for row in corpus_manifest["datasets"]]
     for name in ("tokens", "recipes", "set"):
         (work / name).mkdir(exist_ok=True)
     tasks = [
         ShardTask(os.fspath(corpus), shard, tuple(sources), os.fspath(tokenizer.directory), tokenizer.sha256,
-                  config.seed, str(work / "tokens" / f"{index:05d}"))
+                  config.seed, str(work / "tokens" / f"{index:05d}"), phase)
         for index, shard in enumerate(corpus_manifest["shards"])
     ]
     with Progress("pack") as progress, LocalExecutor(workers, soon=len(tasks)) as executor:
@@ -266,11 +288,21 @@ def _main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--per-dataset", action="store_true",
                         help="one packed set for each dataset, in OUTPUT/NAME: what the trainer mixes by weight")
+    parser.add_argument("--per-phase", action="store_true",
+                        help="one packed set (or one for each dataset) for each phase of a curriculum, in "
+                        "OUTPUT/phase-N: to be trained on one after the other")
     arguments = parser.parse_args()
     start = time.monotonic()
     options = {"record_length": arguments.record_length, "validation_fraction": arguments.validation_fraction,
                "seed": arguments.seed, "workers": arguments.workers}
-    if arguments.per_dataset:
+    if arguments.per_phase:
+        phases = pack_phases(arguments.corpus, arguments.tokenizer, arguments.output,
+                             per_dataset=arguments.per_dataset, **options)
+        for name, sets in phases.items():
+            print(f"\n{name}\n")
+            _print_sets(str(Path(arguments.output) / name), sets)
+        print("\nTrain on the phases in this order, each run with the last one's as config.initial_checkpoint.")
+    elif arguments.per_dataset:
         manifests = pack_datasets(arguments.corpus, arguments.tokenizer, arguments.output, **options)
         _print_sets(arguments.output, manifests)
     else:
@@ -283,15 +315,16 @@ def _main() -> None:
 
 def _print_sets(output: str, manifests: dict[str, dict[str, Any]]) -> None:
     """A table of the sets, and what the trainer's config says to use them in the mixture's proportion."""
+    weights = {name: math.fsum(manifest["weights"].values()) for name, manifest in manifests.items()}
     print(cards.table(
         ["packed set", "documents", "tokens", "records", "weight"],
-        [[name, *(f"{manifest['splits']['train'][key]:,}" for key in ("documents", "tokens", "records")),
-          f"{manifest['weights'][name]:.2%}"] for name, manifest in manifests.items()]))
-    if (missing := 1 - sum(manifest["weights"][name] for name, manifest in manifests.items())) > RATIO_SLACK:
+        [[name or "all", *(f"{manifest['splits']['train'][key]:,}" for key in ("documents", "tokens", "records")),
+          f"{weights[name]:.2%}"] for name, manifest in manifests.items()]))
+    if (missing := 1 - math.fsum(weights.values())) > RATIO_SLACK:
         print(f"\n{missing:.2%} of the mixture is datasets that kept nothing; the others share it in their proportion.")
     print("\nconfig.data.sets = [")
-    for name, manifest in manifests.items():
-        print(f"  {{'path': '{Path(output) / name}', 'weight': {manifest['weights'][name]:.6g}}},")
+    for name, weight in weights.items():
+        print(f"  {{'path': '{Path(output) / name}', 'weight': {weight:.6g}}},")
     print("]")
 
 

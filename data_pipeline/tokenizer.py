@@ -1,4 +1,4 @@
-"""`python -m data_pipeline.tokenizer --corpus=DIR --output=DIR --vocab-size=8192`: train and freeze it.
+"""`python -m data_pipeline.tokenizer --corpus=DIR --output=DIR --vocab-size=32000`: train and freeze it.
 
 Owns the SentencePiece settings and the refusal to replace a frozen tokenizer. Knows nothing of packing. The sampling
 rule is in `tokenization.sample`, measuring in `tokenization.tokenizer_report`, the frozen format in
@@ -48,7 +48,7 @@ PAD_PIECE = "<|pad|>"
 class TokenizerConfig:
     """Everything besides the corpus that decides the tokenizer's bytes."""
 
-    vocab_size: int = 8192
+    vocab_size: int = 32_000
     algorithm: str = "bpe"
     seed: int = 0
     sample_mb: float = 100.0  # the trainer holds about ten times this in memory

@@ -1,5 +1,6 @@
 """The corpus command: every kind of broken input, kills, filters, and the account of rows."""
 
+import datetime
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from corpora import documents, files_of, jsonl, mixture, small_mixture
 
@@ -151,6 +153,41 @@ def test_same_inputs_same_bytes_and_a_second_run_does_nothing(tmp_path: Path, mo
     assert build_corpus(config, tmp_path / "a")["datasets"][0]["kept"] == 401
 
 
+def test_parquet_shards_hold_the_same_documents(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(corpus_format, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(corpus_format, "GROUP_CHARACTERS", 20_000)
+    monkeypatch.setattr(corpus_format, "READ_ROWS", 7)
+    rows = [{"text": f"dated {number} {'y' * 300}", "when": datetime.date(2020, 1, 1 + number % 28), "n": number}
+            for number in range(300)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "dated.parquet")
+    (tmp_path / "plain.jsonl").write_bytes(jsonl([f"plain {number}" for number in range(50)], k="\u00e9\u2028"))
+    config = mixture(tmp_path / "mix.yaml",
+                     {"name": "dated", "source": str(tmp_path / "dated.parquet"), "date_field": "when"},
+                     {"name": "plain", "source": str(tmp_path / "plain.jsonl")})
+    lines = build_corpus(config, tmp_path / "out")
+    assert {Path(shard["path"]).suffix for shard in lines["shards"]} == {".jsonl"}
+    wanted = documents(tmp_path / "out")
+    assert wanted[29] == {"id": "dated/dated.parquet:30", "text": rows[29]["text"], "source": "dated",
+                          "date": "2020-01-02", "meta": {"n": 29}}
+    assert wanted[-1]["meta"] == {"k": "\u00e9\u2028"} and "date" not in wanted[-1]
+    manifest = build_corpus(config, tmp_path / "out", shard_format="parquet")  # in place of the other
+    assert len(manifest["shards"]) == len(lines["shards"]) > 2
+    assert {path.suffix for path in (tmp_path / "out" / "shards").iterdir()} == {".parquet"}
+    assert documents(tmp_path / "out") == wanted
+    build_corpus(config, tmp_path / "again", shard_format="parquet")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
+    shard = tmp_path / "out" / manifest["shards"][1]["path"]
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"part-00001\.parquet: changed since it was made \(SHA-256"):
+        documents(tmp_path / "out")
+    build_corpus(config, tmp_path / "out", shard_format="parquet")
+    assert documents(tmp_path / "out") == wanted
+    with pytest.raises(DataError, match="--format=csv: known are jsonl, parquet"):
+        build_corpus(config, tmp_path / "out", shard_format="csv")
+
+
 def test_stopped_anywhere_and_run_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(corpus_format, "SHARD_BYTES", 50_000)
     config = small_mixture(tmp_path)
@@ -202,13 +239,18 @@ def test_kill_9_and_a_second_run_at_the_same_time(tmp_path: Path) -> None:
             "original = f.ShardWriter.write\n"
             "def write(self, *document):\n"
             "    original(self, *document)\n"
-            "    print('writing', flush=True); time.sleep(0.01)\n"
+            "    print('writing', flush=True)\n"
+            "    if sys.stdin.readline() == 'stay\\n':\n"
+            "        time.sleep(600)\n"
             "f.ShardWriter.write = write\n"
             f"c.build_corpus({str(config)!r}, {str(tmp_path / 'out')!r})\n")
     process = subprocess.Popen([sys.executable, "-c", slow],
+                               stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"go on\n" * 19 + b"stay\n")
+    process.stdin.close()
     for _ in range(20):
         process.stdout.readline()
     second = subprocess.run(command, capture_output=True, text=True)

@@ -6,10 +6,8 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import polars as pl
 import pytest
 from corpora import documents, files_of, jsonl, mixture
+from killing import kill_when
 
 from data_pipeline import filters
 from data_pipeline.corpus import build_corpus
@@ -187,14 +186,12 @@ def test_killed_at_any_moment_gives_the_same_bytes(tmp_path: Path) -> None:
 
     assert start(tmp_path / "whole").wait() == 0
     wanted = files_of(tmp_path / "whole")
-    for share in (0.2, 0.5):
-        process = start(tmp_path / "out")
-        while len(list((tmp_path / "out").rglob("*"))) < share * len(wanted) and process.poll() is None:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert start(tmp_path / "out").wait() == 0
-    assert files_of(tmp_path / "out") == wanted
+    out = tmp_path / "out"
+    for files in (len(wanted) // 5, len(wanted) // 2):
+        kill_when(lambda least=files: len(list(out.rglob("*"))) >= least,
+                  lambda: start(out), lambda: shutil.rmtree(out))
+    assert start(out).wait() == 0
+    assert files_of(out) == wanted
 
 
 def test_a_capped_head_reads_on_until_its_filters_leave_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +316,13 @@ def test_every_step_takes_shards_of_no_documents(tmp_path: Path) -> None:
     assert re.search(r"own +\|  +2 \|  +1 \|  +1 \|  +1 \|\n\| total +\|  +2 \|", card)
     corpus = Corpus(tmp_path / "out")
     dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    ids = {row["id"] for row in documents(tmp_path / "out")} | {f"{row['dataset']}/{row['id']}" for row in dropped}
+    details = {reason: [row["detail"] for row in dropped if row["reason"] == reason]
+               for reason in ("exact duplicate", "near duplicate", "contaminated by own", "shorter than 60 characters")}
+    assert all(detail.removeprefix("of ") in ids for detail in details["exact duplicate"] + details["near duplicate"])
+    assert details["exact duplicate"] and details["near duplicate"]
+    assert set(details["shorter than 60 characters"]) == {""}
+    assert all(re.match("own/[01]: [a-z ]{20}", detail) for detail in details["contaminated by own"])
     told = [describe(corpus.explain(f"{row['dataset']}/{row['id']}")) for row in dropped
             if row["reason"] == "contaminated by own"]
     assert any(re.search(r"^  hit +whole: own/1 \(text\), ", text, re.MULTILINE) for text in told)

@@ -11,9 +11,10 @@ import polars as pl
 import pytest
 from corpus_steps import Doc, run_step
 
-from data_pipeline.decontaminate import index as index_module
+from data_pipeline.decontaminate import grams as grams_module
 from data_pipeline.decontaminate.evaluation_sets import Item, choose
-from data_pipeline.decontaminate.index import Grams, Index, bag_jaccard
+from data_pipeline.decontaminate.grams import Grams
+from data_pipeline.decontaminate.index import Index, bag_jaccard
 from data_pipeline.decontaminate.step import Decontamination
 from data_pipeline.text.words import slow_words, word_hashes
 from nanollama.data.files import DataError
@@ -139,6 +140,29 @@ def test_six_shared_words_need_a_like_window():
     assert not any(found(built, [planted(dice, changed(dice, words, {5, 12, 13}))]))
 
 
+def test_numbers_in_a_row_condemn_nothing(tmp_path):
+    """A problem that counts to twenty, one of few words besides numbers, and choices that are numbers only."""
+    dice = random.Random(13)
+    counting = [*sentence(dice, 15), *map(str, range(1, 21)), *sentence(dice, 15)]
+    sums = ["find", "the", "value", "of", *map(str, range(16, 25))]
+    numbers = [str(number % 5) for number in range(17)]
+    asked = [Item("set/0", "question", " ".join(counting)), Item("set/1", "question", " ".join(sums)),
+             Item("set/2", "question", " ".join(numbers))]
+    Index(asked, 13, 6, 0.8).save(tmp_path / "index")
+    for built in (Index(asked, 13, 6, 0.8), Index.load(tmp_path / "index", 13, 6, 0.8)):
+        texts = [planted(dice, words) for words in (map(str, range(1, 21)), sums[1:], numbers,
+                                                    changed(dice, sums, {2}))]
+        assert not any(found(built, texts))
+        assert found(built, [planted(dice, counting), planted(dice, sums)]) == [{("exact", 0)}, {("whole", 1)}]
+        assert found(built, [planted(dice, counting[:28])]) == [{("exact", 0)}]  # 15 words and the numbers to 13
+        few = planted(dice, counting[10:28])  # 5 words and these
+        assert not any(found(built, [few]))
+        assert built.too_short[0] == [("set/2", "question")]
+    for wrong in (0, 1):  # as if every shared run counted
+        mutant = type("Mutant", (Index,), {"_least": wrong})(asked, 13, 6, 0.8)
+        assert any(found(mutant, texts))
+
+
 def test_hits_say_where_and_what(index, items):
     dice = random.Random(8)
     words = next(words for words in items if len(words) > 60)
@@ -170,14 +194,14 @@ def test_grams_are_a_set(monkeypatch):
     assert (grams.keys[key] == asked[at]).all()
     position, text, _ = grams.places(at[-1:], key[-1:])
     assert position.tolist() == [9999, 9999] and text.tolist() == [0, 5000]
-    monkeypatch.setattr(index_module, "_LISTED", 1)
+    monkeypatch.setattr(grams_module, "_LISTED", 1)
     assert grams.places(at[-1:], key[-1:])[1].tolist() == [0]
     assert [len(part) for part in Grams(keys[:0], np.zeros(0, np.int32), np.zeros(0, np.int32)).find(asked)] == [0, 0]
 
 
 def test_items_of_one_template_are_told_apart(monkeypatch):
     """Two hundred items that begin alike: the one that is there is found, with changes, and its siblings are not."""
-    monkeypatch.setattr(index_module, "_LISTED", 20)
+    monkeypatch.setattr(grams_module, "_LISTED", 20)
     dice = random.Random(13)
     opening = sentence(dice, 30)
     texts = [[*opening, *sentence(dice, 15)] for _ in range(200)]

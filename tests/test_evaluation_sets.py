@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data_pipeline.decontaminate.evaluation_sets import EvaluationSet, choose, find, load_list, read_items
@@ -43,6 +45,12 @@ def test_layouts_of_sets(tmp_path):
     lines = '{"q": "a\u2028b", "c": ["x", "y"]}\n\n{"q": "z", "c": [1]}\n'
     assert read(tmp_path, lines, fields=("q", "c")) == rows
     assert read(tmp_path, lines, "set.jsonl.gz", fields=("q", "c")) == rows
+    (tmp_path / "set.jsonl.zst").write_bytes(pyarrow.compress(lines.encode(), codec="zstd", asbytes=True))
+    assert list(read_items(find(EvaluationSet("s", str(tmp_path / "set.jsonl.zst"), ("q", "c"))))) == rows
+    table = pyarrow.Table.from_pylist([{"q": "a\u2028b", "c": ["x", "y"]}, {"q": "z", "c": ["1"]}])
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    pyarrow.parquet.write_table(table, tmp_path / "hub" / "data" / "test.parquet")
+    assert list(read_items(find(EvaluationSet("s", str(tmp_path / "hub" / "**" / "*.parquet"), ("q", "c"))))) == rows
     whole = json.dumps({"data": [{"p": [{"q": "a"}, {"q": "b"}]}, {"p": [{"q": "c", "w": None}]}]}, indent=1)
     assert [row[2] for row in read(tmp_path, whole, items="data.p", fields=("q",))] == ["a", "b", "c"]
     assert read(tmp_path, json.dumps({"t": [[{"role": "user", "content": "hi"}]]}), fields=("t.content",)) == [
@@ -56,6 +64,22 @@ def test_a_set_read_as_empty_is_an_error(tmp_path):
         read(tmp_path, '{"q": "a"}\n{"q": \n', fields=("q",))
     with pytest.raises(DataError, match=r"neither JSON Lines nor a JSON document"):
         read(tmp_path, "{\n oh\n", fields=("q",))
+    with pytest.raises(DataError, match=r"neither JSON Lines nor a JSON document"):
+        read(tmp_path, "", fields=("q",))
+
+
+def test_a_set_that_is_cut_off_is_no_set(tmp_path):
+    rows = [{"q": f"question {number} {number ** 9}"} for number in range(500)]
+    packed = gzip.compress("\n".join(map(json.dumps, rows)).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[:len(packed) // 2])
+    with pytest.raises(DataError, match=r"cut.jsonl.gz:\d+: gzip data is cut off. Fetch the file again"):
+        list(read_items(find(EvaluationSet("s", str(tmp_path / "cut.jsonl.gz"), ("q",)))))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "cut.parquet")
+    whole = (tmp_path / "cut.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut.parquet: cannot be read as Parquet"):
+        list(read_items(find(EvaluationSet("s", str(tmp_path / "cut.parquet"), ("q",)))))
+    assert find(EvaluationSet("s", str(tmp_path), ("q",))).status == "missing"  # a folder is no file
 
 
 def test_the_projects_list_reads_real_sets(monkeypatch):

@@ -73,7 +73,8 @@ def test_smoke(smoke: tuple[Path, dict[str, Any]]) -> None:
         "attention backends that let documents leak"], "tiny sizes reach no other goal"  # fmt: skip
     assert smoke[1]["verdicts"]["isolation"] == {"checked": 2, "leaking": []}
     assert "refused" in parts["isolation"]["figures"]["backends"]["cudnn, head dim 16"]
-    assert smoke[1]["verdicts"]["train tiny"]["of_matmul_ceiling"] > 0
+    share = train["plain"]["model_tflops"] / parts["ceilings"]["figures"]["matmul_tflops"]
+    assert smoke[1]["verdicts"]["train tiny"]["of_matmul_ceiling"] == pytest.approx(share, abs=1e-3)
 
 
 def test_what_is_done_is_not_done_again(

@@ -27,7 +27,8 @@ def loss_inputs(rows: int, length: int, vocabulary: int = 53) -> tuple[jax.Array
 
 
 def check_loss(function: Loss, rows: int, length: int, chunk: int, z_loss: float) -> None:
-    """Values and gradients of total / weight equal the whole-logit twin's; zero weight, zero gradient."""
+    """Sums, with gradients (training) and without (evaluation), and gradients of total / weight equal the whole-logit
+    twin's; zero weight, zero gradient."""
     hidden, head, targets, weights = loss_inputs(rows, length)
 
     def mean(loss: Loss, hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -42,8 +43,10 @@ def check_loss(function: Loss, rows: int, length: int, chunk: int, z_loss: float
     (sums, gradients), (plain_sums, plain_gradients) = (
         run(functools.partial(function, chunk_tokens=chunk)), run(cross_entropy_reference),
     )  # fmt: skip
-    for got, wanted in zip(jax.tree.leaves(sums), jax.tree.leaves(plain_sums), strict=True):
-        close(got, wanted, 2e-5)
+    evaluated = jax.jit(functools.partial(function, chunk_tokens=chunk, z_loss=z_loss))(hidden, head, targets, weights)
+    for several in (sums, evaluated):
+        for got, wanted in zip(jax.tree.leaves(several), jax.tree.leaves(plain_sums), strict=True):
+            close(got, wanted, 2e-5)
     for got, wanted in zip(gradients, plain_gradients, strict=True):
         close(got, wanted, 2e-6)
     assert np.all(np.asarray(gradients[0])[np.asarray(weights) == 0] == 0.0)

@@ -59,6 +59,9 @@ def test_a_good_file(tmp_path: Path) -> None:
     assert sha256_json(mixture_mapping(mixture)) == sha256_json(mixture_mapping(other))
 
 
+# 9 ** 9 values; whoever follows the aliases before counting does not come back
+BOMB = "\n" + "\n".join(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}' if level else 'x'] * 9)}]"
+                        for level in range(9))
 MISTAKES = [
     # (replace, by, line, words of the message)
     ("mix_ratio: 0.25", "mix_rato: 0.25", 5, ["datasets[0].mix_rato", "no such field", "'mix_ratio'"]),
@@ -95,6 +98,9 @@ MISTAKES = [
     ("source: a.jsonl", "source: null", 4, ["NoneType", "a value of type str", "a list of str"]),
     ("phase: test", "phase: 2020-01-01", 1, ["metadata.phase", "put it in quotes"]),
     ("a test}", "a test", 2, ["not YAML"]),
+    ("source: a.jsonl", "source: a.jsonl\n    date_field: 2023-02-29", 5, ["'2023-02-29'", "day", "in quotes"]),
+    ("source: a.jsonl", f"source: a.jsonl\n    fields: {BOMB.replace(chr(10), chr(10) + ' ' * 6)}", 2,
+     ["more than 100,000 values", "mixture.datasets", "fewer aliases"]),
 ]
 
 
@@ -243,3 +249,19 @@ def test_weights_by_size(sampling: dict, sizes: list[float], budget: float | Non
 def test_very_large_sizes_do_not_overflow() -> None:
     weights = make_sampling({"method": "alpha", "alpha": 40.0}, "sampling").weights([1e13, 1e12], None)
     assert weights == pytest.approx([1, 0])
+
+
+def test_aliases_are_counted_also_where_mappings_are_merged(tmp_path: Path) -> None:
+    levels = "".join(f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 9)}]}}\n" for level in range(1, 9))
+    for text in (levels, levels.replace("<<: [", "<<: ").replace("]", "").replace(", *", ", <<: *")):
+        path = write(tmp_path, "a0: &a0 {k: 1}\n" + text + GOOD)
+        with pytest.raises(MixtureError, match=r"mix.yaml:\d: the file has more than 100,000 values"):
+            load_mixture(path)
+    shared = GOOD.replace("metadata", "filters: [&f {type: length, min_characters: 5}, *f, {<<: *f}]\nmetadata")
+    assert [len(dataset.filters) for dataset in load_mixture(write(tmp_path, shared)).datasets] == [3, 5]
+
+
+def test_a_file_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, f"metadata: {'[' * 3000}{']' * 3000}\n")
+    with pytest.raises(MixtureError, match=r"mix.yaml: .*nested too deeply.*flatter"):
+        load_mixture(path)

@@ -70,6 +70,15 @@ def test_remat_dots_keeps_products_whose_gradients_are_our_own(fp8):
     assert kept["dots"][1] - kept["full"][1] > products
 
 
+def test_remat_names_keeps_attention_s_output_and_logsumexp():
+    """By the names that the kernels give them: under others a plan counted them as "full" does."""
+    config, length = tiny_config(), 64
+    kept = {remat: memory.kept_bytes(config.model, ComputeConfig(dtype="bfloat16", remat=remat), config.loss, length)
+            for remat in ("names", "full")}  # fmt: skip
+    m = config.model
+    assert kept["names"][1] - kept["full"][1] == m.num_layers * length * m.num_heads * (2 * m.head_dim + 4)
+
+
 @pytest.mark.parametrize(("spec", "target", "changes", "arguments", "temporaries"), COMPILED)
 def test_formula_is_near_what_compilers_said(spec, target, changes, arguments, temporaries):
     config = config_files.load(str(ROOT / spec), [f"{name}={value}" for name, value in changes.items()])

@@ -23,11 +23,12 @@ pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"),
 
 
 def work(task: tuple[str, int, str]) -> str:
-    """Notes where it runs, returns the node; never ends on the node that is to die."""
+    """Notes where it runs, returns the node; never ends on the node that is to die, nor before one began there."""
     folder, number, victim = task
     node: str = ray.get_runtime_context().get_node_id()
     (Path(folder) / f"{number}-{node}").touch()
-    time.sleep(60 if node == victim else 0.2)
+    while node == victim or not list(Path(folder).glob(f"*-{victim}")):
+        time.sleep(0.05)
     return node
 
 

@@ -16,6 +16,7 @@ from data_pipeline.select.documents import (
     attribute_rates,
     curriculum_phases,
     quality_rates,
+    rates_for_shares,
     temporal_weights,
 )
 from nanollama.data.files import DataError
@@ -31,7 +32,8 @@ def test_unimax_worked_example():
     others half each of the 9.56e10 that are left."""
     found = weights.unimax([1e12, 2e11, 1e9, 1e8], 1e11, 4)
     assert found == pytest.approx([0.478, 0.478, 0.04, 0.004])
-    assert weights.epochs_of(found, [1e12, 2e11, 1e9, 1e8], 1e11) == pytest.approx([0.0478, 0.239, 4, 4])
+    epochs = [weight * 1e11 / size for weight, size in zip(found, [1e12, 2e11, 1e9, 1e8], strict=True)]
+    assert epochs == pytest.approx([0.0478, 0.239, 4, 4])
 
 
 @given(SIZES, st.floats(1, 1e13), st.floats(0.5, 8))
@@ -61,20 +63,15 @@ def test_temperature_by_hand():
     assert weights.temperature([7, 3], 1 / 1.3) == pytest.approx(weights.alpha([7, 3], 1.3))
 
 
-def test_quality_weighted_by_hand():
-    assert weights.quality_weighted([100, 100, 200], [0.5, 1.0, 0.25]) == pytest.approx([0.25, 0.5, 0.25])
-    assert weights.quality_weighted([1, 1], [3, 1], 2) == pytest.approx([0.9, 0.1])
-
-
-def test_attribute_weights_by_hand():
+def test_rates_for_shares_by_hand():
     """Fine-grained: high has 10 of 100 tokens and should be half of training, so 5 times its share; low 0.1 of 0.6."""
-    found = weights.attribute_weights({"high": 10, "medium": 30, "low": 60}, {"high": 0.5, "medium": 0.4, "low": 0.1})
+    found = rates_for_shares({"high": 10, "medium": 30, "low": 60}, {"high": 0.5, "medium": 0.4, "low": 0.1}, {})
     assert found == pytest.approx({"high": 1.0, "medium": (0.4 / 0.3) / 5, "low": (0.1 / 0.6) / 5})
-    grouped = weights.attribute_weights({"law": 20, "medicine": 20, "games": 60}, {"science": 0.5, "fun": 0.5},
-                                        {"law": "science", "medicine": "science", "games": "fun"})
+    grouped = rates_for_shares({"law": 20, "medicine": 20, "games": 60}, {"science": 0.5, "fun": 0.5},
+                               {"law": "science", "medicine": "science", "games": "fun"})
     assert grouped == pytest.approx({"law": 1.0, "medicine": 1.0, "games": (0.5 / 0.6) / (0.5 / 0.4)})
-    with pytest.raises(ValueError, match="are not those of the data"):
-        weights.attribute_weights({"a": 1}, {"b": 1})
+    with pytest.raises(ValueError, match="shares are of b, the documents' are a"):
+        rates_for_shares({"a": 1}, {"b": 1}, {})
 
 
 def test_the_mixture_file_uses_these_formulas():
@@ -151,6 +148,28 @@ def test_attribute_step():
     assert rows == run_step(step, [docs], cut=7)
 
 
+def test_attribute_step_by_shares_of_the_text(capsys):
+    texts = {"law": "x" * 300, "games": "x" * 50, "news": "x" * 100, None: "x" * 10}
+    names = ["law", "games", "games", "news", "news", "news", None]
+    docs = [Doc(f"d{number}", texts[names[number % 7]], meta={"domain": names[number % 7]}) for number in range(7000)]
+    groups = {"law": "serious", "news": "serious"}
+    step = make_step("selection", {"type": "attributes", "attribute": "domain", "groups": groups,
+                                   "shares": {"serious": 0.6, "games": 0.4}}, "s")
+    rows = run_step(step, [docs[:10], docs[10:]])
+    kept = {name: sum(len(doc.text) for doc, row in zip(docs, rows, strict=True)
+                      if row["reason"] is None and doc.meta["domain"] == name) for name in texts}
+    total = kept["law"] + kept["news"] + kept["games"]
+    assert kept["games"] / total == pytest.approx(0.4, abs=0.02)
+    assert kept["law"] / kept["news"] == pytest.approx(1.0, abs=0.15)  # as it is in the text
+    assert kept["games"] == 100_000 and kept[None] == 10_000  # no more is dropped than the shares ask for
+    assert rows == run_step(step, [docs], cut=700)
+    with pytest.raises(DataError, match="shares are of games, serious, the documents' are games, law, news"):
+        run_step(AttributeSelection(attribute="domain", shares={"serious": 0.6, "games": 0.4}), [docs])
+    assert not capsys.readouterr().err
+    run_step(AttributeSelection(attribute="domain", rates={"gamse": 0.1, "serious": 1.0}, groups=groups), [docs])
+    assert "by domain: no document has gamse; there are games, law, news\n" in capsys.readouterr().err
+
+
 def test_quality_step():
     docs = documents(quality_score=lambda n: None if n % 10 == 9 else n / 1000)
     rows = run_step(QualitySelection(rate=0.4), [docs[:400], docs[400:]])
@@ -186,6 +205,9 @@ def test_an_attribute_that_nobody_has():
 
 @pytest.mark.parametrize("step, message", [
     (AttributeSelection(rates={"high": 1.5}), r"rates: high: 1.5 is not in \[0, 1\]"),
+    (AttributeSelection(rates={"a": 1.0}, shares={"a": 1.0}), "shares: is given beside rates"),
+    (AttributeSelection(shares={"a": -1.0, "b": 2.0}), "are no shares"),
+    (AttributeSelection(shares={"a": float("nan")}), "are no shares"),
     (QualitySelection(rate=0.0), "rate: 0.0 is not in"),
     (TemporalSelection(reference="soon"), "reference: 'soon' is no date"),
     (TemporalSelection(half_life_years=0.0), "half_life_years: 0.0 is not above 0"),

@@ -1,6 +1,7 @@
 """Sources beyond plain files: Arrow, WARC, hub and TensorFlow datasets, URLs; all go on exactly where they stood."""
 
 import gzip
+import io
 import json
 import random
 import sys
@@ -16,7 +17,7 @@ from corpora import documents, jsonl, mixture
 
 from data_pipeline.corpus import build_corpus
 from data_pipeline.curation import download
-from data_pipeline.sources import Source, open_source, read_all
+from data_pipeline.sources import Source, open_source, read_all, remote
 from data_pipeline.sources.dataset import DatasetConfig
 from data_pipeline.sources.files import FileSource
 from data_pipeline.sources.streams import BrokenStream
@@ -159,6 +160,62 @@ def response(body: bytes, *headers: str, status: int = 200, kind: str = "text/ht
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+class Flaky:
+    """A store of one object per name that fails in the middle of it, `failures` times."""
+
+    def __init__(self, objects: dict[str, bytes], failures: int):
+        self.objects, self.failures = objects, failures
+
+    def info(self, path: str) -> dict[str, Any]:
+        return {"name": path, "size": len(self.objects[path]), "type": "file", "ETag": "one"}
+
+    def ukey(self, path: str) -> str:
+        return path
+
+    def unstrip_protocol(self, path: str) -> str:
+        return f"flaky://{path}"
+
+    def open(self, path: str, mode: str) -> io.BytesIO:
+        store, whole = self, self.objects[path]
+
+        class Body(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                if store.failures and self.tell() + (size or 0) > len(whole) // 2:
+                    store.failures -= 1
+                    raise TimeoutError("the store does not answer")
+                return super().read(size)
+        return Body(whole)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_store_that_fails_ends_the_run_and_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          suffix: str) -> None:
+    """Taken for a damaged file it would be counted, cached under the hash of the whole one, and never read again."""
+    write(tmp_path / f"a.{suffix}", TEXTS * 20)
+    store = Flaky({f"bucket/a.{suffix}": (tmp_path / f"a.{suffix}").read_bytes()}, failures=2)
+    monkeypatch.setattr(remote, "filesystem", lambda url: (store, url.removeprefix("flaky://")))
+    config = mixture(tmp_path / "mix.yaml", {"name": "set", "source": f"flaky://bucket/a.{suffix}"})
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"flaky://bucket/a.{suffix}: cannot be read \(TimeoutError: the store"):
+            build_corpus(config, tmp_path / "out", workers=1)
+    assert build_corpus(config, tmp_path / "out", workers=1)["datasets"][0]["kept"] == 20 * len(TEXTS)
+    [part] = open_source(DatasetConfig("set", f"flaky://bucket/a.{suffix}", 1.0)).parts()
+    before = part.inputs()
+    monkeypatch.setattr(store, "info", lambda path: {**Flaky.info(store, path), "ETag": "two"})
+    assert before != part.inputs()
+
+
+def test_a_file_that_goes_or_changes_after_it_was_hashed_ends_the_run(tmp_path: Path) -> None:
+    for change, message in [(lambda path: path.unlink(), r"cannot be read \(No such file"),
+                            (lambda path: path.write_bytes(jsonl(["x"])), r"has \d+ bytes, and had [\d,]+ when")]:
+        write(tmp_path / "a.jsonl", TEXTS)
+        [part] = open_source(DatasetConfig("set", str(tmp_path / "a.jsonl"), 1.0)).parts()
+        part.inputs()
+        change(tmp_path / "a.jsonl")
+        with pytest.raises(DataError, match=message):
+            list(part.open())
+
+
 PAGE = "<html><head><title>T</title><style>p {}</style></head><body><nav>menu</nav><p>{}</p></body></html>"
 
 
@@ -184,6 +241,19 @@ def test_records_of_a_warc_file(tmp_path: Path) -> None:
     assert told(read_all(open_source(dataset)))[-1] == ("bad", "file cut off or damaged")
     (tmp_path / "a.warc.gz").write_bytes(gzip.compress(b"something else\r\n\r\n"))
     assert told(read_all(open_source(dataset))) == [("bad", "file cut off or damaged")]
+
+
+def test_a_warc_record_that_comes_twice_is_one_document(tmp_path: Path) -> None:
+    once = record("conversion", b"A page of text.", "text/plain", **{"WARC-Record-ID": "<urn:uuid:11>"})
+    other = record("conversion", b"Another one.", "text/plain", **{"WARC-Record-ID": "<urn:uuid:12>"})
+    (tmp_path / "a.warc.gz").write_bytes(once + other)
+    (tmp_path / "b.warc.gz").write_bytes(once)
+    dataset = {"name": "set", "source": str(tmp_path / "*.warc.gz")}
+    manifest = build_corpus(mixture(tmp_path / "mix.yaml", dataset), tmp_path / "out")
+    assert manifest["datasets"][0]["dropped"] == {"duplicate id": 1}
+    assert [row["id"] for row in documents(tmp_path / "out")] == ["set/11", "set/12"]
+    with pytest.raises(DataError, match=r"1 documents have an id \(WARC-Record-ID\) that came before"):
+        build_corpus(mixture(tmp_path / "mix.yaml", {**dataset, "on_error": "stop"}), tmp_path / "out")
 
 
 def test_records_do_not_depend_on_how_the_stream_is_cut() -> None:

@@ -114,6 +114,7 @@ def test_a_vocabulary_the_corpus_cannot_fill_names_the_largest(tmp_path: Path) -
     assert 270 < largest < 400
     biggest = build_tokenizer(tmp_path / "corpus", tmp_path / "out", TokenizerConfig(vocab_size=largest))
     assert biggest.vocab_size == largest
+    assert (TokenizerConfig().vocab_size, TokenizerConfig().algorithm) == (32_000, "bpe")  # as the models want it
     for config, words in [(TokenizerConfig(vocab_size=100), "270 or more"),
                           (TokenizerConfig(algorithm="wordpiece"), "unigram"),
                           (TokenizerConfig(character_coverage=0.5), "character-coverage"),

@@ -6,6 +6,8 @@ Owns wording and tables. Knows no files: a manifest comes in, text goes out.
 from collections.abc import Collection, Sequence
 from typing import Any
 
+_FORMATS = {"jsonl": "JSON lines", "parquet": "Parquet"}
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], text: Collection[int] = (0,)) -> str:
     """A Markdown table, padded so that it also reads well as plain text; `text` columns are left-aligned."""
@@ -99,9 +101,9 @@ off at packing, by a hash of the text.
 
 ## Files
 
-{len(manifest['shards'])} shards of JSON lines (`id`, `text`, `source`, `meta`), each with its SHA-256 in
-`manifest.json`. Made by {manifest['code']} on Python {manifest['python']}; mixture
-`{manifest['mixture']['file']}`, hash `{manifest['mixture']['sha256'][:16]}`.
+{len(manifest['shards'])} shards of {_FORMATS[manifest['format']]} (`id`, `text`, `source`, `date` where it
+is known, `meta`), each with its SHA-256 in `manifest.json`. Made by {manifest['code']} on Python
+{manifest['python']}; mixture `{manifest['mixture']['file']}`, hash `{manifest['mixture']['sha256'][:16]}`.
 """
 
 

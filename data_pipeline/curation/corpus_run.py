@@ -35,10 +35,10 @@ from data_pipeline.engine.tasks import Executor
 from data_pipeline.mixtures.load import mixture_mapping
 from data_pipeline.mixtures.schema import MixtureConfig
 from data_pipeline.sources import Input, Part, open_source
-from data_pipeline.sources.dataset import DatasetConfig, format_of
+from data_pipeline.sources.dataset import DatasetConfig, brings_ids, format_of
 from nanollama.data.files import DataError, sha256_file, sha256_json, write_atomic, write_json
 
-STAGE_VERSION = 2  # raise it when the same inputs would give other bytes
+STAGE_VERSION = 3  # raise it when the same inputs would give other bytes
 CACHE = ".cache"
 LISTED_INPUTS = 100  # a manifest names the inputs one by one up to this many
 SHOWN_DROPS = 5  # bad rows printed per dataset; all are in dropped.jsonl
@@ -56,7 +56,7 @@ class Plan:
     head: dict[str, Any]  # of the manifest
 
     @classmethod
-    def of(cls, mixture: MixtureConfig, file: str) -> "Plan":
+    def of(cls, mixture: MixtureConfig, file: str, shard_format: str) -> "Plan":
         parts = [[(part, part.inputs()) for part in open_source(dataset).parts()] for dataset in mixture.datasets]
         inputs = [_inputs([row for _, rows in own for row in rows]) for own in parts]
         filters = {dataset.name: filter_plans(dataset) for dataset in mixture.datasets}
@@ -65,10 +65,10 @@ class Plan:
         head: dict[str, Any] = {
             "schema_version": corpus_format.SCHEMA_VERSION, "kind": "corpus", "fingerprint": "", "mixture": {
                 "file": file, "sha256": sha256_json(mixture_mapping(mixture)), "config": mixture_mapping(mixture)
-            }, "code": code_version(), "python": platform.python_version()
+            }, "code": code_version(), "python": platform.python_version(), "format": shard_format
         }
         head["fingerprint"] = sha256_json({
-            "stage": "corpus", "version": STAGE_VERSION, "mixture": head["mixture"]["sha256"],
+            "stage": "corpus", "version": STAGE_VERSION, "mixture": head["mixture"]["sha256"], "format": shard_format,
             "inputs": [row["sha256"] for row in inputs], "steps": [plan.key for plan in steps],
             "filters": {name: [plan.key for plan in plans] for name, plans in filters.items()}
         })
@@ -193,12 +193,13 @@ class Run:
 
     def _stop_at_repeated_ids(self, shards: list[Shard]) -> None:
         for dataset in self.datasets:
-            if dataset.on_error == "stop" and dataset.id_field is not None:
+            if dataset.on_error == "stop" and brings_ids(dataset):
                 mine = [shard for shard in shards if shard.dataset == dataset.name]
                 counts = account.count(dataset, mine, self._known)
                 if counts.dropped.get(whole.DUPLICATE_ID):
                     raise DataError(f"dataset {dataset.name}: {counts.dropped[whole.DUPLICATE_ID]} documents have an "
-                                    f"id ({dataset.id_field}) that came before. Mend the rows, or set on_error: skip.")
+                                    f"id ({dataset.id_field or 'WARC-Record-ID'}) that came before. Mend the rows, or "
+                                    "set on_error: skip.")
 
     def steps(self, shards: list[Shard], sections: tuple[str, ...]) -> list[Shard]:
         """Shards after the whole-corpus steps of `sections`."""
@@ -232,7 +233,7 @@ class Run:
                 yield shard, one
 
         origins = any(format_of(dataset) == "docstrings" for dataset in self.datasets)
-        return plan_outputs(facts(), self.cache / "corpus", origins)
+        return plan_outputs(facts(), self.cache / "corpus", origins, self.plan.head["format"])
 
     def finish(self, shards: list[Shard], outputs: list[OutputTask], manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the documents, move them into place, the manifest last. The earlier corpus is whole until then."""
@@ -251,7 +252,7 @@ class Run:
         shutil.rmtree(self.output / corpus_format.SHARDS, ignore_errors=True)
         (self.output / corpus_format.SHARDS).mkdir(parents=True)
         for number, task in enumerate(outputs):
-            name = f"{corpus_format.SHARDS}/part-{number:05d}.jsonl"
+            name = f"{corpus_format.SHARDS}/part-{number:05d}.{self.plan.head['format']}"
             os.replace(task.path, self.output / name)
             manifest["shards"].append({"path": name, "dataset": task.dataset, **written[number]})
         dropped = self.output / corpus_format.DROPPED

@@ -1,4 +1,4 @@
-"""The last step of the corpus command: documents that every stage kept become JSONL shards, written once.
+"""The last step of the corpus command: documents that every stage kept become shards, written once.
 
 Owns which documents go into which file (decided by the sizes of the texts, before any is written, so that files can
 be made in any process and order) and the list of dropped rows. Knows no stage.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 
 from data_pipeline.curation import corpus_format
 from data_pipeline.curation.corpus_format import ShardWriter
@@ -28,7 +29,8 @@ from data_pipeline.engine.stage import finished_file, mark_finished
 from data_pipeline.text.documents import text_digest
 from nanollama.data.files import sha256_json, write_atomic
 
-STAGE_VERSION = 1  # raise it when the same documents would give other bytes
+STAGE_VERSION = 2  # raise it when the same documents would give other bytes
+WRITTEN = ("id", "text", "meta", "date", "digest", ATTRIBUTES)  # columns that a document is made of
 WISHED_AWAY = (OVER_CAP, NOT_SAMPLED)  # reasons that are not listed row by row
 
 
@@ -65,7 +67,8 @@ class DropsTask:
     rows: str  # of the table
 
 
-def plan_outputs(shards: Iterable[tuple[Shard, Facts]], cache: Path, origins: bool) -> list[OutputTask]:
+def plan_outputs(shards: Iterable[tuple[Shard, Facts]], cache: Path, origins: bool,
+                 shard_format: str) -> list[OutputTask]:
     """The files of the corpus in their order: documents in theirs, a file of one dataset, of about SHARD_BYTES.
 
     `origins`: another dataset is made from texts as they are read (docstrings), and packing must be able to tell.
@@ -78,8 +81,8 @@ def plan_outputs(shards: Iterable[tuple[Shard, Facts]], cache: Path, origins: bo
         nonlocal held
         if pieces:
             members = [[piece.shard.dataset, piece.shard.key, piece.start, piece.stop] for piece in pieces]
-            key = sha256_json(["output", STAGE_VERSION, origins, members])
-            tasks.append(OutputTask(pieces[0].shard.dataset, tuple(pieces), str(cache / f"{key[:32]}.jsonl"),
+            key = sha256_json(["output", STAGE_VERSION, shard_format, origins, members])
+            tasks.append(OutputTask(pieces[0].shard.dataset, tuple(pieces), str(cache / f"{key[:32]}.{shard_format}"),
                                     origins))
         pieces.clear()
         held = 0
@@ -109,9 +112,10 @@ def write_output(task: OutputTask) -> dict[str, Any]:
         for piece in task.pieces:
             shard = piece.shard
             rewritten = task.origins and any(sidecar.new_texts() for sidecar in shard.sidecars)
-            for part in read_slices(shard, ("id", "text", "meta", "digest", ATTRIBUTES), piece.start, piece.stop):
+            for part in read_slices(shard, WRITTEN, piece.start, piece.stop):
                 for row in part.table.iter_rows(named=True):
-                    writer.write(f"{shard.dataset}/{row['id']}", row["text"], shard.dataset, _meta(row, rewritten))
+                    writer.write(f"{shard.dataset}/{row['id']}", row["text"], shard.dataset, _meta(row, rewritten),
+                                 row["date"])
     result = {"bytes": writer.bytes, "sha256": writer.sha256, "documents": writer.documents}
     mark_finished(path, result)
     return result
@@ -134,16 +138,31 @@ def write_drops(task: DropsTask) -> None:
         write_table(task.rows, read_columns(task.shard.path, [name for name in RAW.names if name != "text"]))
     if path.exists():
         return
-    reasons = final_reasons(task.shard)
+    reasons, details = final_reasons(task.shard), _details(task.shard)
     raw = read_columns(task.shard.path, ["id", "place", "detail"])
     rows = np.flatnonzero(np.array([reason is not None and reason not in WISHED_AWAY for reason in reasons], bool))
     lines = []
     for row, found in zip(rows.tolist(), raw.take(rows).to_pylist(), strict=True):
         line = {"dataset": task.shard.dataset, "place": found["place"], "reason": reasons[row],
-                "detail": found["detail"] or "", "id": found["id"]}
+                "detail": found["detail"] or details.get(row, ""), "id": found["id"]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(lines))
+
+
+def _details(shard: Shard) -> dict[int, str]:
+    """{row: of what it is a copy, or which evaluation item it holds}, of rows that a step dropped for that."""
+    told: dict[int, str] = {}
+    for sidecar in shard.sidecars:
+        names = {"duplicate_of", "hits"} & set(pyarrow.parquet.read_schema(sidecar.path).names)
+        table = read_columns(sidecar.path, ["row", "reason", *names]) if names else None
+        for one in table.filter(table.column("reason").is_valid()).to_pylist() if table is not None else ():
+            hit = (one.get("hits") or [None])[0]
+            if one.get("duplicate_of") is not None:
+                told[one["row"]] = f"of {one['duplicate_of']}"
+            elif hit is not None:
+                told[one["row"]] = f"{', '.join(hit['items'][:3])}: {hit['text']}".removeprefix(": ")
+    return told
 
 
 def final_reasons(shard: Shard) -> list[str | None]:

@@ -34,7 +34,7 @@ from data_pipeline.engine.tasks import Executor
 from data_pipeline.filters.base import Batch
 from data_pipeline.filters.corpus_step import DOCUMENTS, CorpusStep, FeatureFile
 from data_pipeline.mixtures.steps import make_step
-from data_pipeline.sources.dataset import DatasetConfig
+from data_pipeline.sources.dataset import DatasetConfig, brings_ids
 from data_pipeline.text.documents import text_digest
 from nanollama.data.files import DataError, canonical_json, sha256_json
 from nanollama.data.strict import to_mapping
@@ -235,10 +235,10 @@ def _seconds(date: str | None) -> int | None:
 
 
 def drop_repeated_ids(shards: Sequence[Shard], datasets: Sequence[DatasetConfig], decisions: Path) -> list[Shard]:
-    """The shards after documents whose id (from a field) their dataset gave before are dropped; the first is kept."""
+    """The shards after documents whose id their dataset gave before are dropped; the first is kept."""
     result = list(shards)
     for dataset in datasets:
-        if dataset.id_field is None:  # ids made of file and line cannot repeat
+        if not brings_ids(dataset):
             continue
         chosen = [number for number, shard in enumerate(shards) if shard.dataset == dataset.name]
         members = [shards[number] for number in chosen]

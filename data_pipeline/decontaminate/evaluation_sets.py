@@ -1,20 +1,25 @@
 """Evaluation sets as a list in YAML, and their items as texts.
 
-Owns the list's form, the reading of JSON Lines and JSON documents (plain or .gz), and the law that a set that
-is not there is called missing. Knows nothing of n-grams.
+Owns the list's form, the reading of JSON Lines, JSON documents (plain, .gz or .zst) and Parquet, and the law that a
+set that is not there is called missing. Knows nothing of n-grams.
 """
 
 import dataclasses
 import functools
 import glob
-import gzip
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow
+import pyarrow.parquet
+
 from data_pipeline.engine.variables import expand_variables
 from data_pipeline.engine.yaml_lines import YamlError, line_of, load_with_lines
+from data_pipeline.sources.streams import read_blocks, split_rows
 from nanollama.data.files import DataError, sha256_file
 from nanollama.data.strict import FieldError, from_mapping, nearest
 
@@ -110,7 +115,7 @@ def find(one: EvaluationSet) -> Found:
             expanded = expand_variables(path, "path")
         except FieldError as error:
             return Found(one, (), "missing", error.problem)
-        matches = sorted(glob.glob(expanded))
+        matches = sorted(match for match in glob.glob(expanded, recursive=True) if os.path.isfile(match))
         if not matches:
             return Found(one, (), "missing", f"no file matches {path}")
         files += matches
@@ -139,25 +144,42 @@ def read_items(found: Found) -> Iterator[Item]:
 
 
 def _values(path: str) -> Iterator[Any]:
-    """The JSON value of every line, or the one of the whole file."""
-    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-        first = file.readline()
+    """The rows of a Parquet file, the JSON value of every line, or the one of the whole file. Errors: DataError, also
+    when a part cannot be read: the rest of a set would pass for all of it."""
+    if path.endswith(".parquet"):
         try:
-            value = json.loads(first)
-        except ValueError:
-            try:
-                yield json.loads(first + file.read())
-            except ValueError as error:
-                raise DataError(f"{path}: neither JSON Lines nor a JSON document ({error}).") from error
-            return
-        yield value
-        for number, line in enumerate(file, start=2):  # a binary file splits at \n only
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}).") from error
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches():
+                    yield from batch.to_pylist()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read as Parquet ({error}). Fetch the file again.") from error
+        return
+    lines = _lines(path)
+    _, first = next(lines, (1, b""))
+    try:
+        value = json.loads(first)
+    except ValueError:
+        try:
+            yield json.loads(b"\n".join([first, *(line for _, line in lines)]))
+        except ValueError as error:
+            raise DataError(f"{path}: neither JSON Lines nor a JSON document nor called .parquet ({error}).") from error
+        return
+    yield value
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON ({error}).") from error
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of a plain, .gz or .zst file."""
+    for number, line in split_rows(read_blocks(path), b"\n", sys.maxsize):
+        if not isinstance(line, bytes):
+            raise DataError(f"{path}:{number}: {line}. Fetch the file again.")
+        yield number, line
 
 
 def _walk(value: Any, names: list[str]) -> list[Any]:

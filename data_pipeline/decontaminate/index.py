@@ -5,6 +5,10 @@ Owns the ways to find an item. *Exact*: document and item share `ngram` (13) wor
 Jaccard likeness of `threshold` (0.8) with it, both as bags of words. *Whole*: all words of an item of fewer than
 `ngram` stand in a row in the document; asked only of items with `whole` (8) words that are not just numbers.
 
+Numbers in a row say nothing: 1 2 3 ... 13 stands in a problem of mathematics and in many a program. So shared words
+are an exact hit only with WHOLE that are not just numbers among them, or a like window around them; and an item of
+`ngram` words or more with fewer than WHOLE such words must be there as a whole.
+
 Why two for the long ones: one changed word in the middle of an item of 25 words leaves no 13 words in a row. Six
 survive every way of changing one word in twenty (rounded up) of an item of 13 words or more, and then the window
 decides, so that six common words alone condemn nothing. Whole documents are never compared: a question inside a book is
@@ -18,25 +22,25 @@ import dataclasses
 import functools
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipeline.decontaminate.evaluation_sets import Item
+from data_pipeline.decontaminate.grams import ARRAYS, Grams, grams_of
 from data_pipeline.text.words import Hashes, Positions, WordHashes, ngrams_at, word_hashes
 
 WHOLE = 8  # words: the least that GPT-3's authors looked for (arXiv:2005.14165, appendix C); docs/decisions.md has ours
 SHOWN_WORDS = 40  # of a shared run of words
-_LISTED = 100  # places followed per n-gram: a seed in more of them is a template's and is left out
 GRAM_SETS = ("exact", "seeds", "openings", "whole")
-GRAMS = ("keys", "bounds", "text", "place", "table")  # arrays of `Grams`
 _ITEMS = pa.schema([("items", pa.list_(pa.struct([("id", pa.string()), ("field", pa.string())])))])
+_NUMBER = re.compile("[0-9_]+")  # as `_telling` says of bytes
 _ANCHORS = 8  # windows compared per document and item
 
 
@@ -51,66 +55,6 @@ class Hit:
     words: int  # shared words in a row from there
     jaccard: float  # likeness of the anchored window and the item's text
     shown: str  # the shared words
-
-
-class Grams:
-    """Sorted n-gram hashes with where each stands, behind a bit table that answers "no" for nearly all others."""
-
-    def __init__(self, hashes: Hashes, text: npt.NDArray[np.int32], place: npt.NDArray[np.int32]):
-        order = np.argsort(hashes, kind="stable")
-        keys, first = np.unique(hashes[order], return_index=True)
-        shift = _shift(len(keys))
-        bits = keys >> shift
-        table = np.zeros(1 << (64 - int(shift) - 3), dtype=np.uint8)
-        np.bitwise_or.at(table, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
-        self._hold({"keys": keys, "bounds": np.append(first, len(order)).astype(np.int32), "text": text[order],
-                    "place": place[order], "table": table})
-
-    def _hold(self, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays = arrays
-        self.keys, self.text, self.place, self._table = (arrays[name] for name in ("keys", "text", "place", "table"))
-        self.first, self.last = arrays["bounds"][:-1], arrays["bounds"][1:]  # of each key's places
-        self._shift = _shift(len(self.keys))
-
-    @classmethod
-    def of(cls, arrays: dict[str, np.ndarray]) -> "Grams":
-        """Those whose `arrays` these are."""
-        made = cls.__new__(cls)
-        made._hold(arrays)
-        return made
-
-    def find(self, hashes: Hashes) -> tuple[Positions, Positions]:
-        """(positions in `hashes` that are in the index, the key each has there)."""
-        if len(self.keys) == 0:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        bits = hashes >> self._shift
-        maybe = self._table[bits >> np.uint64(3)] >> (bits & np.uint64(7)).astype(np.uint8)
-        at = np.flatnonzero(maybe & 1)
-        key = np.searchsorted(self.keys, hashes[at])
-        key[key == len(self.keys)] = 0
-        same = self.keys[key] == hashes[at]
-        return at[same], key[same]
-
-    def template_grams(self, texts: int) -> Positions:
-        """For each of `texts` texts, how many of its n-grams stand in more than _LISTED places."""
-        many = np.repeat(self.last - self.first > _LISTED, self.last - self.first)
-        return np.bincount(self.text[many], minlength=texts).astype(np.int64)
-
-    def rare(self, at: Positions, key: Positions) -> tuple[Positions, Positions]:
-        """Without the positions whose n-gram stands in more than _LISTED places."""
-        few = self.last[key] - self.first[key] <= _LISTED
-        return at[few], key[few]
-
-    def places(self, at: Positions, key: Positions) -> tuple[Positions, Positions, Positions]:
-        """For every found position, every place it stands in: (position, text, word of the text)."""
-        count = np.minimum(self.last[key] - self.first[key], _LISTED)
-        entry = np.repeat(self.first[key] - (np.cumsum(count) - count), count) + np.arange(count.sum())
-        return np.repeat(at, count), self.text[entry].astype(np.int64), self.place[entry].astype(np.int64)
-
-
-def _shift(keys: int) -> np.uint64:
-    """How far a hash is shifted to be a place in the bit table: 32 bits a key, so that few are set."""
-    return np.uint64(64 - max(16, int(32 * max(keys, 1)).bit_length()))
 
 
 class Items:
@@ -141,8 +85,8 @@ class Items:
 
 
 class Index:
-    """The texts of evaluation sets that can be looked for: those of `ngram` words or more, then the shorter ones with
-    `whole` words that are not just numbers. Of an item with no such text the fields are looked for as one text.
+    """The texts of evaluation sets that can be looked for: the `long` ones that may be there in part, then those that
+    must be there as a whole. Of an item with no such text the fields are looked for as one text.
 
     `items[t]` are the items that have text t, `too_short` those that are not looked for, both as (id, field).
     """
@@ -162,15 +106,24 @@ class Index:
                 wanted = [joined] if self._can_be_found(joined) else []
                 fields = [] if wanted else fields
             too_short += [one[0] for one in fields if not self._can_be_found(one)]
-            for name, words_, _ in wanted:
-                texts[len(words_) < ngram].setdefault(words_.tobytes(), []).append(name)
+            for name, words_, telling_ in wanted:
+                texts[not self._is_long(words_, telling_)].setdefault(words_.tobytes(), []).append(name)
         self.items, self.too_short = Items.of([*texts[0].values(), *texts[1].values()]), Items.of([too_short])
         self.words = np.frombuffer(b"".join([*texts[0], *texts[1]]), np.uint64)
         self.offsets = np.append(0, np.cumsum([len(key) // 8 for key in [*texts[0], *texts[1]]])).astype(np.int64)
+        self.long = len(texts[0])  # they stand first
 
     def _can_be_found(self, text: tuple[tuple[str, str], Hashes, int]) -> bool:
         _, words, telling = text
-        return len(words) >= self.ngram or telling >= self.whole
+        return telling > 0 if len(words) >= self.ngram else telling >= self.whole
+
+    def _is_long(self, words: Hashes, telling: int) -> bool:
+        return len(words) >= self.ngram and telling >= self._least
+
+    @property
+    def _least(self) -> int:
+        """Words that are not just numbers, without which a part of a text says nothing."""
+        return min(WHOLE, self.ngram)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -179,13 +132,8 @@ class Index:
     def _lengths(self) -> Positions:
         return np.diff(self.offsets)
 
-    @functools.cached_property
-    def long(self) -> int:
-        """How many texts have `ngram` words or more; they stand first."""
-        return int(np.count_nonzero(self._lengths >= self.ngram))
-
     def _long_grams(self, size: int) -> Grams:
-        return _grams(self.offsets[:self.long + 1], self.words[:self.offsets[self.long]], size)
+        return grams_of(self.offsets[:self.long + 1], self.words[:self.offsets[self.long]], size)
 
     @functools.cached_property
     def _exact(self) -> Grams:
@@ -232,7 +180,7 @@ class Index:
         """Write it to files that `load` opens: `directory` is there only when all of them are."""
         temporary = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
-        arrays = {"words": self.words, "offsets": self.offsets}
+        arrays = {"words": self.words, "offsets": self.offsets, "long": np.array(self.long)}
         for name, grams in zip(GRAM_SETS, (self._exact, self._seeds, self._openings, self._whole), strict=True):
             arrays |= {f"{name}-{part}": array for part, array in grams.arrays.items()}
         for name, array in arrays.items():
@@ -253,11 +201,11 @@ class Index:
 
         made = cls.__new__(cls)
         made.ngram, made.seed, made.threshold, made.whole = ngram, min(seed, ngram), threshold, whole
-        made.words, made.offsets = array("words"), array("offsets")
+        made.words, made.offsets, made.long = array("words"), array("offsets"), int(array("long"))
         files = [pa.memory_map(str(directory / f"{name}.arrow")) for name in ("items", "too_short")]
         made.items, made.too_short = (Items(pa.ipc.open_file(file).read_all()) for file in files)
         made._exact, made._seeds, made._openings, made._whole = (
-            Grams.of({part: array(f"{name}-{part}") for part in GRAMS}) for name in GRAM_SETS)
+            Grams.of({part: array(f"{name}-{part}") for part in ARRAYS}) for name in GRAM_SETS)
         return made
 
     def search(self, words: WordHashes) -> Iterator[Hit]:
@@ -270,7 +218,8 @@ class Index:
             known.add((row, text))
             score = self._likeness(words, row, text, exact[1][group] - exact[3][group])
             for start, length in _runs(exact[1][group], self.ngram):
-                hits.append(self._hit(words, row, "exact", text, start, length, score))
+                if score >= self.threshold or self._says(words.words(start, start + length)):
+                    hits.append(self._hit(words, row, "exact", text, start, length, score))
         for row, text, group in _by_pair(*seeds):
             if (row, text) in known:
                 continue
@@ -281,6 +230,10 @@ class Index:
         for row, text, start in self._whole_places(words):
             hits.append(self._hit(words, row, "whole", text, start, int(self._lengths[text]), 1.0))
         return iter(sorted(hits, key=lambda hit: (hit.row, hit.kind, hit.position, hit.text)))
+
+    def _says(self, run: Sequence[str]) -> bool:
+        telling = (word for word in run if not _NUMBER.fullmatch(word))
+        return sum(1 for _ in itertools.islice(telling, self._least)) == self._least
 
     def _whole_places(self, words: WordHashes) -> list[tuple[int, int, int]]:
         """(row, text, word number in the batch) of the first place where all words of a short text stand in a row."""
@@ -347,14 +300,6 @@ def bag_jaccard(one: Hashes, other: Hashes) -> float:
     ours = np.bincount(inverse[:len(one)], minlength=len(values))
     theirs = np.bincount(inverse[len(one):], minlength=len(values))
     return float(np.minimum(ours, theirs).sum() / max(np.maximum(ours, theirs).sum(), 1))
-
-
-def _grams(offsets: Positions, words: Hashes, size: int) -> Grams:
-    nothing = np.zeros(0, np.int64)
-    offsets, hashes = WordHashes(offsets, words, np.zeros(0, np.uint8), nothing, nothing).ngrams(size)
-    counts = np.diff(offsets)
-    text = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    return Grams(hashes, text, (np.arange(len(hashes)) - np.repeat(offsets[:-1], counts)).astype(np.int32))
 
 
 def _spread(words: WordHashes, grams: Grams, size: int, *,

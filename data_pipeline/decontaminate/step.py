@@ -45,7 +45,7 @@ class Decontamination:
     drop: Literal["ngram", "window"] = "ngram"
     canaries: tuple[str, ...] = ()  # further strings that condemn a document
     missing: Literal["stop", "record"] = "stop"  # a set that is not on this machine
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def check(self, where: str) -> None:
         """Raises FieldError on a parameter that cannot be used."""

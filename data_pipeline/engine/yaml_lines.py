@@ -1,6 +1,7 @@
 """YAML with line numbers: the value of a file, and the line where each of its fields stands.
 
-Owns reading YAML strictly (a key given twice is an error, not the last one wins). Knows nothing of mixtures.
+Owns reading YAML strictly: a key given twice is an error, not the last one wins; a file whose aliases stand for more
+than a person could have written is refused before they are followed. Knows nothing of mixtures.
 """
 
 import os
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+MAX_VALUES = 100_000  # of a file with its aliases written out; the largest mixture here has 616
 
 
 class YamlError(ValueError):
@@ -26,17 +29,20 @@ def load_with_lines(path: str | os.PathLike[str], root: str) -> tuple[Any, dict[
     except UnicodeDecodeError as error:
         raise YamlError(f"{path}: not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}). Save it as "
                         "UTF-8.") from error
+    fields = _Fields(str(path))
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, fields.lines
+        fields.walk(node, root, ())  # before the value is made, which takes as long as its aliases are many
+        return loader.construct_document(node), fields.lines
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise YamlError(f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error}).") from error
-    lines: dict[str, int] = {}
-    if node is not None:
-        _walk(node, root, lines, str(path), ())
-    return value, lines
+    except RecursionError as error:
+        raise YamlError(f"{path}: lists or mappings are nested too deeply to be read. Write it flatter.") from error
 
 
 def line_of(field: str, lines: dict[str, int]) -> int:
@@ -47,22 +53,49 @@ def line_of(field: str, lines: dict[str, int]) -> int:
     return lines.get(field, 1)
 
 
-def _walk(node: yaml.Node, where: str, lines: dict[str, int], path: str, around: tuple[yaml.Node, ...]) -> None:
-    """`around`: the nodes that `node` is in."""
-    lines.setdefault(where, node.start_mark.line + 1)
-    if any(node is outer for outer in around):
-        raise YamlError(f"{path}:{node.start_mark.line + 1}: {where} is an alias of what it stands in. Write it out.")
-    around = (*around, node)
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            _walk(item, f"{where}[{index}]", lines, path, around)
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, item in node.value:
-            name = str(key.value)
-            if name in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise YamlError(f"{path}:{key.start_mark.line + 1}: {name!r} is given twice in one mapping. "
-                                "Keep one of them.")
-            seen.add(name)
-            lines[f"{where}.{name}"] = key.start_mark.line + 1
-            _walk(item, f"{where}.{name}", lines, path, around)
+class _Loader(yaml.SafeLoader):
+    """Says where a value stands that looks like a date or a number and is none, such as 2023-02-29."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{node.value!r}: {error}; if it is a text, put it in quotes",
+                problem_mark=node.start_mark) from error
+
+
+class _Fields:
+    """The lines of the fields of the file `path`."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.lines: dict[str, int] = {}
+        self._values = 0
+
+    def walk(self, node: yaml.Node, where: str, around: tuple[yaml.Node, ...]) -> None:
+        """Note the lines of `node` and what is in it. `around`: the nodes that it is in. Raises YamlError."""
+        line = node.start_mark.line + 1
+        self.lines.setdefault(where, line)
+        self._values += 1
+        if self._values > MAX_VALUES:
+            top = ".".join(where.split("[")[0].split(".")[:2])
+            raise YamlError(f"{self.path}:{line_of(top, self.lines)}: the file has more than {MAX_VALUES:,} values, "
+                            f"aliases (*name) written out, and {top} is not the end of them. Use fewer aliases of "
+                            "what holds aliases.")
+        if any(node is outer for outer in around):
+            raise YamlError(f"{self.path}:{line}: {where} is an alias of what it stands in. Write it out.")
+        around = (*around, node)
+        if isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self.walk(item, f"{where}[{index}]", around)
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, item in node.value:
+                name = str(key.value)
+                if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                    raise YamlError(f"{self.path}:{key.start_mark.line + 1}: {name!r} is given twice in one mapping. "
+                                    "Keep one of them.")
+                seen.add(name)
+                self.lines[f"{where}.{name}"] = key.start_mark.line + 1
+                self.walk(item, f"{where}.{name}", around)

@@ -226,7 +226,7 @@ def write_table(task: TableTask) -> dict[str, Any]:
                 "record": pyarrow.array(record[start:stop]),
                 "segment": pyarrow.array(segment[start:stop]), "tokens": table.column("tokens"),
                 "bytes": table.column("bytes"), "characters": table.column("characters"),
-                "sha256": table.column("sha256"), "meta": table.column("meta")
+                "sha256": table.column("sha256"), "date": table.column("date"), "meta": table.column("meta")
             })
             if writer is None:
                 writer = pyarrow.parquet.ParquetWriter(path, rows.schema, compression="zstd")

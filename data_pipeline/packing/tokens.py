@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_pipeline.curation.corpus_format import read_shard
+from data_pipeline.packing.phases import phase_of
 from data_pipeline.text.documents import hash_fraction, text_digest
 from nanollama.data.files import DataError
 from nanollama.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ TABLE = pyarrow.schema([
     ("doc_id", pyarrow.string()), ("source", pyarrow.uint16()),
     ("place", pyarrow.float64()), ("derived", pyarrow.bool_()),
     ("tokens", pyarrow.uint32()), ("bytes", pyarrow.uint64()), ("characters", pyarrow.uint64()),
-    ("sha256", pyarrow.string()), ("meta", pyarrow.string())])
+    ("sha256", pyarrow.string()), ("date", pyarrow.string()), ("meta", pyarrow.string())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class ShardTask:
     tokenizer_sha256: str
     seed: int
     output: str  # path of the result without suffix
+    phase: int | None = None  # of a curriculum: only the documents of this one
 
     @property
     def weight(self) -> int:
@@ -74,8 +76,11 @@ def tokenize_shard(task: ShardTask) -> tuple[int, int]:
     rows: list[dict[str, Any]] = []
     with open(temporary, "wb") as file:
         batch: list[dict[str, Any]] = []
-        characters = 0
+        characters = seen = 0
         for row in read_shard(task.corpus, task.shard):
+            seen += 1
+            if task.phase not in (None, phase_of(row)):
+                continue
             batch.append(row)
             characters += len(row["text"])
             if characters >= BATCH_CHARACTERS:
@@ -84,9 +89,9 @@ def tokenize_shard(task: ShardTask) -> tuple[int, int]:
         rows += _encode(batch, tokenizer, dtype, task, file)
         file.flush()
         os.fsync(file.fileno())
-    if len(rows) != task.shard["documents"]:
+    if seen != task.shard["documents"]:
         raise DataError(
-            f"{task.shard['path']}: {len(rows)} documents, the corpus manifest says "
+            f"{task.shard['path']}: {seen} documents, the corpus manifest says "
             f"{task.shard['documents']}. Delete the corpus manifest and run data_pipeline.corpus again.")
     os.replace(temporary, task.tokens_path)
     table = pyarrow.Table.from_pylist(rows, TABLE)
@@ -137,5 +142,5 @@ def _encode(batch: list[dict[str, Any]], tokenizer: Tokenizer, dtype: np.dtype, 
             "place": place(digest, row["meta"], task.seed),
             "derived": is_derived(row["meta"]),
             "tokens": len(ids), "bytes": len(encoded), "characters": len(row["text"]), "sha256": digest.hex(),
-            "meta": json.dumps(row["meta"], ensure_ascii=False, sort_keys=True)})
+            "date": row.get("date"), "meta": json.dumps(row["meta"], ensure_ascii=False, sort_keys=True)})
     return rows

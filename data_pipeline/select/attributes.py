@@ -6,6 +6,8 @@ metadata, where filters have put their scores; an attribute that no document has
 
 import dataclasses
 import datetime
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,7 +18,13 @@ import pyarrow.parquet as pq
 
 from data_pipeline.filters.base import Batch
 from data_pipeline.filters.corpus_step import FeatureFile
-from data_pipeline.select.documents import attribute_rates, curriculum_phases, quality_rates, temporal_weights
+from data_pipeline.select.documents import (
+    attribute_rates,
+    curriculum_phases,
+    quality_rates,
+    rates_for_shares,
+    temporal_weights,
+)
 from data_pipeline.select.resample import Floats, draws, keep_by_rate
 from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
@@ -64,14 +72,18 @@ def _kept_by_rate(shards: Sequence[FeatureFile], rates: Sequence[Floats], seed: 
 
 @dataclasses.dataclass(frozen=True)
 class AttributeSelection(_ByAttribute):
-    """Keeps a share of the documents with each value of an attribute, such as a quality class or a domain."""
+    """Keeps a share of the documents with each value of an attribute, such as a quality class or a domain: as `rates`
+    says, or as many of each as `shares` of the text ask for, and no fewer."""
 
+    version: ClassVar[int] = 2
     type: Literal["attributes"] = "attributes"
     attribute: str = "quality"
     # share of documents kept for each value, or each group of values; what is not named keeps `other`
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    # in place of rates: what each value, or each group, shall be of the text that is kept; none is left out
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
     groups: dict[str, str] = dataclasses.field(default_factory=dict)  # value: its group (grouped for domains)
-    other: float = 1.0
+    other: float = 1.0  # of documents that are not named, or have no value
     seed: int = 0
 
     def check(self, where: str) -> None:
@@ -79,16 +91,46 @@ class AttributeSelection(_ByAttribute):
         for name, rate in [*self.rates.items(), ("other", self.other)]:
             if not 0 <= rate <= 1:
                 raise FieldError(f"{where}.rates", f"{name}: {rate} is not in [0, 1]", "Give a share.")
+        if self.shares and self.rates:
+            raise FieldError(f"{where}.shares", "is given beside rates", "Keep one of them.")
+        if self.shares and not (min(self.shares.values()) >= 0 and 0 < sum(self.shares.values()) < math.inf):
+            raise FieldError(f"{where}.shares", f"{self.shares} are no shares", "Give numbers of 0 or more.")
 
     def features(self, batch: Batch) -> pa.Table:
-        """row, value."""
-        return self._column(batch, self.attribute, pa.string())
+        """row, value, bytes of the text."""
+        sizes = pa.array(batch.text.str.len_bytes().to_numpy(), pa.int64())
+        return self._column(batch, self.attribute, pa.string()).append_column("bytes", sizes)
 
     def resolve(self, shards: Sequence[FeatureFile], work: Path) -> Iterator[pa.Table]:
         """row, reason, rate."""
         columns = self._values(shards, self.attribute)
-        rates = (attribute_rates(column.to_pylist(), self.rates, self.other, self.groups) for column in columns)
+        sizes = self._sizes(shards)
+        unknown = set(self.rates) - set(sizes) - {self.groups.get(value) for value in sizes}
+        if unknown and sizes:
+            print(f"note: selection by {self.attribute}: no document has {', '.join(sorted(unknown))}; there are "
+                  f"{', '.join(sorted(sizes))}", file=sys.stderr)
+        by_value, groups = (self._rates(sizes), {}) if self.shares and sizes else (self.rates, self.groups)
+        rates = (attribute_rates(column.to_pylist(), by_value, self.other, groups) for column in columns)
         yield from _kept_by_rate(shards, list(rates), self.seed, f"not selected by {self.attribute}")
+
+    @staticmethod
+    def _sizes(shards: Sequence[FeatureFile]) -> dict[str, float]:
+        """Bytes of text of each value."""
+        sizes: dict[str, float] = {}
+        for shard in shards:
+            table = pq.read_table(shard.path, columns=["value", "bytes"]).group_by("value").aggregate(
+                [("bytes", "sum")])
+            for value, count in zip(table["value"].to_pylist(), table["bytes_sum"].to_pylist(), strict=True):
+                if value is not None:
+                    sizes[value] = sizes.get(value, 0.0) + count
+        return sizes
+
+    def _rates(self, sizes: dict[str, float]) -> dict[str, float]:
+        try:
+            return rates_for_shares(sizes, self.shares, self.groups)
+        except ValueError as error:
+            raise DataError(f"selection by {self.attribute}: {error}. Name in shares each value, or its group, once."
+                            ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """From documents' attributes to their weights, phases and keep sets: pure functions, one formula each."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -51,3 +52,24 @@ def attribute_rates(values: Sequence[str | None], rates: Mapping[str, float], ot
     names = groups or {}
     return np.array([rates.get(value, rates.get(names.get(value, ""), other)) if value is not None else other
                      for value in values], np.float64)
+
+
+def rates_for_shares(sizes: Mapping[str, float], shares: Mapping[str, float],
+                     groups: Mapping[str, str]) -> dict[str, float]:
+    """rate_v = shares_g / (part of the text that group g is), the largest 1: with these each group has its share.
+
+    `sizes`: text there is of each value; `groups`: the group of a value, each its own where not given; the values of
+    a group keep their proportions. No groups suit quality, where levels differ; groups suit domains, of whose 27
+    classes many have too little text to be weighed one by one (Parmar et al. 2024, arXiv:2407.06380). Raises
+    ValueError when the shares are not of the groups that are there.
+    """
+    group_of = {value: groups.get(value, value) for value in sizes}
+    there: dict[str, float] = {}
+    for value, count in sizes.items():
+        there[group_of[value]] = there.get(group_of[value], 0.0) + count
+    if set(shares) != set(there):
+        raise ValueError(f"shares are of {', '.join(sorted(shares))}, the documents' are {', '.join(sorted(there))}")
+    total, asked = math.fsum(there.values()), math.fsum(shares.values())
+    rate = {group: (shares[group] / asked) / (count / total) if count else 0.0 for group, count in there.items()}
+    largest = max(rate.values())
+    return {value: rate[group] / largest for value, group in group_of.items()}

@@ -84,6 +84,11 @@ def format_of(dataset: DatasetConfig) -> str:
     return _SUFFIX_FORMATS.get(suffixes[-1].lower(), "unknown") if suffixes else "unknown"
 
 
+def brings_ids(dataset: DatasetConfig) -> bool:
+    """Whether documents have ids of their own, which may come twice; ids made of file and line cannot."""
+    return dataset.id_field is not None or format_of(dataset) == "warc"
+
+
 def available_tokens(dataset: DatasetConfig) -> float | None:
     """Tokens of one pass over what is taken of the dataset, as far as the file says."""
     if dataset.estimated_tokens is None:

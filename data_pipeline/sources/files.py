@@ -96,6 +96,7 @@ class FileReader:
         self.bytes_read = sum(file.bytes for file in self.files[:self._file])
         while self._file < len(self.files):
             start = self._row
+            self.files[self._file].check()
             for number, item in read(self.files[self._file], start):
                 self._row = number
                 yield item

@@ -25,7 +25,19 @@ class FileRef:
         if not is_url(self.location):
             return sha256_file(self.location)
         system, path = filesystem(self.location)
-        return sha256_json([self.location, self.bytes, str(system.ukey(path))])
+        info = system.info(path)
+        told = [str(info[name]) for name in ("ETag", "Content-MD5", "Digest") if name in info]  # over HTTP
+        return sha256_json([self.location, self.bytes, str(system.ukey(path)), *told])
+
+    def check(self) -> None:
+        """Raises DataError when the file is gone, or has another size than when it was found."""
+        try:
+            size = self.bytes if is_url(self.location) else os.path.getsize(self.location)
+        except OSError as error:
+            raise _unreadable(self.location, error) from error
+        if size != self.bytes:
+            raise DataError(f"{self.location}: has {size:,} bytes, and had {self.bytes:,} when this run began. Run the "
+                            "same command again once it does not change any more.")
 
     def open(self) -> BinaryIO:
         """Its bytes, unbuffered by more than a block."""
@@ -38,12 +50,46 @@ def is_url(location: str) -> bool:
 
 
 def open_binary(location: str | os.PathLike[str]) -> BinaryIO:
-    """A binary stream of a path or URL. Errors: OSError."""
+    """A binary stream of a path or URL. Errors, also of its methods: DataError, when disk, network or store fail."""
     location = os.fspath(location)
-    if not is_url(location):
-        return open(location, "rb")
-    system, path = filesystem(location)
-    return cast(BinaryIO, system.open(path, "rb"))
+    try:
+        if not is_url(location):
+            return cast(BinaryIO, _Stream(location, open(location, "rb")))
+        system, path = filesystem(location)
+        return cast(BinaryIO, _Stream(location, system.open(path, "rb")))
+    except DataError:
+        raise
+    except Exception as error:  # stores raise their own, and those of their HTTP clients
+        raise _unreadable(location, error) from error
+
+
+class _Stream:
+    """A stream whose failures end the run, so that they are never taken for a file that is cut off, and kept."""
+
+    def __init__(self, location: str, stream: Any):
+        self._location, self._stream = location, stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._stream.close()
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes. Errors: DataError."""
+        try:
+            return cast(bytes, self._stream.read(size))
+        except Exception as error:
+            raise _unreadable(self._location, error) from error
+
+
+def _unreadable(location: str, error: Exception) -> DataError:
+    what = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:300]}"
+    return DataError(f"{location}: cannot be read ({what}). See whether it is there, then run the same command again: "
+                     "it goes on from the last finished part.")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -66,7 +112,9 @@ def find_urls(pattern: str) -> tuple[str, list[tuple[str, int]]]:
     system, path = filesystem(pattern)
     try:
         found = system.glob(path, detail=True) if _magic(path) else {path: system.info(path)}
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if error.__cause__ is not None:  # HTTP stores say so of every failure
+            raise _unreadable(pattern, cast(Exception, error.__cause__)) from error
         found = {}
     rows = sorted((system.unstrip_protocol(name), int(info["size"] or 0)) for name, info in found.items()
                   if info["type"] == "file")

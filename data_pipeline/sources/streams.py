@@ -19,7 +19,7 @@ Report = Callable[[int], None]  # called with the raw bytes read
 
 
 class BrokenStream(Exception):
-    """The file cannot be read further. Everything before was delivered."""
+    """The file is damaged from here on. Everything before was delivered."""
 
 
 class TooLong:
@@ -27,17 +27,15 @@ class TooLong:
 
 
 def read_blocks(path: str | os.PathLike[str], report: Report = lambda count: None) -> Iterator[bytes]:
-    """Decompressed bytes of `path` in blocks of about 1 MiB. Raises BrokenStream after the last good byte."""
+    """Decompressed bytes of `path` in blocks of about 1 MiB. Raises BrokenStream after the last good byte of a damaged
+    file, DataError when it cannot be read: that may be otherwise the next time, and its rows are not lost."""
     name = os.fspath(path)
-    try:
-        if name.endswith(".gz"):
-            yield from _gzip_blocks(name, report)
-        elif name.endswith(".zst"):
-            yield from _zstd_blocks(name, report)
-        else:
-            yield from _raw_blocks(name, report)
-    except OSError as error:
-        raise BrokenStream(f"cannot be read: {error.strerror or error}") from error
+    if name.endswith(".gz"):
+        yield from _gzip_blocks(name, report)
+    elif name.endswith(".zst"):
+        yield from _zstd_blocks(name, report)
+    else:
+        yield from _raw_blocks(name, report)
 
 
 def split_rows(blocks: Iterator[bytes], separator: bytes,

@@ -22,6 +22,7 @@ from nanollama.models import lora as loras
 from nanollama.models.attention import Context, attention, cache_heads
 from nanollama.models.feed_forward import ROUTERS, gated_feed_forward, mixture_of_experts
 from nanollama.models.linear import norm_scale, normal, parameter
+from nanollama.models.mesh_embedding import look_up
 from nanollama.ops.masks import MaskSpec
 from nanollama.ops.moe import RouterSums
 from nanollama.ops.norms import rms_norm
@@ -116,7 +117,7 @@ class Decoder(nn.Module):
         embedding_VD = self._tables()
         # Whole rows before the lookup: a gather from rows cut over fsdp makes XLA replicate its result and gradient.
         rows_VD = constrain(embedding_VD, "vocab", "activation_embed")
-        x_BTD = constrain(rows_VD[tokens_BT].astype(dtype), "batch", None, "activation_embed")
+        x_BTD = constrain(look_up(rows_VD, tokens_BT).astype(dtype), "batch", None, "activation_embed")
         rotated = m.head_dim if m.latent is None else m.latent.qk_rope_head_dim
         # Behind a barrier, else XLA computes cosines again in every layer, for every head.
         cos_BTC, sin_BTC = jax.lax.optimization_barrier(

@@ -82,7 +82,8 @@ def route(logits_NE: jax.Array, moe: MoeConfig, bias_E: jax.Array | None = None)
         kept_NG = jnp.any(best_Nk[..., None] == jnp.arange(moe.groups), axis=1)
         choice_NE = jnp.where(kept_NG[..., None], choice_NGX, -jnp.inf).reshape(choice_NE.shape)
     _, experts_NJ = jax.lax.top_k(choice_NE, moe.experts_per_token)
-    weights_NJ = jnp.take_along_axis(scores_NE, experts_NJ, axis=1)
+    chosen_NJE = experts_NJ[..., None] == jnp.arange(scores_NE.shape[1])  # a look-up's gradient would be a scatter
+    weights_NJ = jnp.sum(jnp.where(chosen_NJE, scores_NE[:, None], 0.0), axis=-1)
     if moe.normalize:
         weights_NJ /= weights_NJ.sum(axis=1, keepdims=True) + 1e-20  # sigmoids can all be 0
     if moe.scoring == "sigmoid":

@@ -35,15 +35,19 @@ INSTALL_FIX = "pip install --upgrade 'jax>=0.10.1,!=0.10.2,!=0.11.0'"
 # does not know, so an untried version gets none. oneDNN matmuls end before 0.11: jaxlib 0.12.0.1 computes wrong
 # gradients with them (`transposed_addition` below, docs/decisions.md).
 CPU_FLAGS = {"--xla_cpu_experimental_onednn_custom_call=true": ((0, 10, 1), (0, 11))}
-# GPU: the same bits in every run (scatter-adds of the embedding's gradient are atomic otherwise), and collectives that
-# run beside the products of other layers. Chosen from the documentation; not yet measured by us.
+# GPU: the same bits in every run, and collectives that run beside the products of other layers. Deterministic means
+# that XLA times nothing and takes the first program that can make a product, which is Triton's with tiles nobody chose;
+# without Triton it is the one that cuBLASLt's own heuristic puts first. Also, scatter-adds become loops or huge sorts:
+# the train step has none (`ops.embedding`, `ops.moe.route`). Read off XLA's source and compiled programs; not measured.
 _TRIED = ((0, 10, 1), (0, 13))
+_UNTIL_IGNORED = ((0, 10, 1), (0, 12))  # later ones accept and ignore it
 GPU_FLAGS = {
     "--xla_gpu_deterministic_ops=true": _TRIED,
+    "--xla_gpu_enable_triton_gemm=false": _TRIED,
     "--xla_gpu_enable_latency_hiding_scheduler=true": _TRIED,
-    "--xla_gpu_enable_pipelined_all_gather=true": _TRIED,
-    "--xla_gpu_enable_pipelined_all_reduce=true": _TRIED,
-    "--xla_gpu_enable_pipelined_reduce_scatter=true": _TRIED,
+    "--xla_gpu_enable_pipelined_all_gather=true": _UNTIL_IGNORED,
+    "--xla_gpu_enable_pipelined_all_reduce=true": _UNTIL_IGNORED,
+    "--xla_gpu_enable_pipelined_reduce_scatter=true": _UNTIL_IGNORED,
 }
 # TPU: none. Its compiler reads LIBTPU_INIT_ARGS, overlaps collectives as it comes, and refuses what it does not know.
 FLAGS = {"cpu": CPU_FLAGS, "gpu": GPU_FLAGS, "tpu": {}}
@@ -132,14 +136,15 @@ def expected_platform() -> str:
     return next(found, "cpu")
 
 
+def known_flags(platform: str, version: str = JAXLIB_VERSION) -> list[str]:
+    """A platform's flags that jaxlib `version` is known to accept."""
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    return [flag for flag, (first, end) in FLAGS.get(platform, {}).items() if first <= release < end]
+
+
 def with_flags(flags: str, version: str, platform: str = "cpu") -> str:
     """XLA_FLAGS with a platform's flags, save those the user already names or jaxlib `version` may not know."""
-    release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    ours = [
-        flag
-        for flag, (first, end) in FLAGS.get(platform, {}).items()
-        if first <= release < end and flag.partition("=")[0] not in flags
-    ]
+    ours = [flag for flag in known_flags(platform, version) if flag.partition("=")[0] not in flags]
     return " ".join([*flags.split(), *ours])
 
 

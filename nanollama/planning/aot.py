@@ -20,6 +20,7 @@ from jax.experimental import topologies
 
 from nanollama.config import Config
 from nanollama.models.decoder import Decoder
+from nanollama.parallel import backend
 from nanollama.parallel.mesh import batch_sharding, make_mesh
 from nanollama.planning.stand_in import flash_memory
 from nanollama.planning.targets import Target
@@ -62,8 +63,13 @@ def missing(target: Target) -> str | None:
 
 
 def compile_step(config: Config, target: Target) -> Compiled:
-    """Compile `config`'s train step for `target`. Errors: those of XLA, "Ran out of memory" among them."""
+    """What XLA says of `config`'s train step for `target`. Errors: its own, "Ran out of memory" among them."""
     began = time.monotonic()
+    return read(compiled_step(config, target), time.monotonic() - began)
+
+
+def compiled_step(config: Config, target: Target) -> Any:
+    """`config`'s train step compiled for `target`, with a run's flags; on GPU and TPU with a stand-in for attention."""
     mesh = make_mesh(config.mesh, devices(target))
     optimizer, decoder = make_optimizer(config), Decoder(config.model, config.compute, config.lora)
     shardings = state_shardings(config, optimizer, mesh)
@@ -71,7 +77,7 @@ def compile_step(config: Config, target: Target) -> Compiled:
     kernel = flash_memory() if target.device.platform != "cpu" else contextlib.nullcontext()
     with kernel:
         lowered = train_step.lower(abstract_state(config, optimizer, mesh), abstract_batch(config, mesh))
-    return read(lowered.compile(compiler_options=_options(target)), time.monotonic() - began)
+    return lowered.compile(compiler_options=_options(target))
 
 
 def abstract_batch(config: Config, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -132,7 +138,9 @@ def read(compiled: Any, seconds: float) -> Compiled:
 
 
 def _options(target: Target) -> dict[str, Any]:
+    """Those of a run there, save what cannot be had without the card."""
     if target.device.platform != "cuda":
         return {}
-    # Autotuning would time kernels on a card; Triton's GEMM fusions cannot be chosen without it.
-    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    pairs = (flag.removeprefix("--").split("=") for flag in backend.known_flags("gpu"))
+    run = {name: value == "true" for name, value in pairs}
+    return {**run, "xla_gpu_autotune_level": 0}  # autotuning would time kernels on a card

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from nanollama.kernels.flash import LSE_NAME, OUTPUT_NAME
 from nanollama.models import attention
 
 
@@ -38,7 +39,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple
     B, T, G = q.shape[0], q.shape[1], k.shape[2]
     values = (v + k.sum(-1, keepdims=True))[:, :T, :, None]  # [B, T, G, 1, J]
     out = (q.reshape(B, T, G, -1, q.shape[-1]).sum(-1, keepdims=True) * values).reshape(B, T, -1, v.shape[-1])
-    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(out.astype(jnp.float32).sum(-1), "attn_lse")
+    out, lse = checkpoint_name(out, OUTPUT_NAME), checkpoint_name(out.astype(jnp.float32).sum(-1), LSE_NAME)
     return out, (q, k, v, out, lse)
 
 
