@@ -29,7 +29,7 @@ from data_pipeline.filters.words import word_table
 from data_pipeline.text.documents import hash_fraction, text_digest
 from nanollama.data.files import DataError, Lock, sha256_file, sha256_json, write_json
 
-STAGE_VERSION = 1  # raise it when the same inputs would give another model
+STAGE_VERSION = 2  # raise it when the same inputs would give another model
 HELD_OUT = 0.02  # of the documents, to measure on
 MOST_HELD_OUT = 500
 _CHUNK = 4_000_000  # characters whose words are found at a time

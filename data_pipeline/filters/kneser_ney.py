@@ -77,7 +77,7 @@ def train(tokens: np.ndarray, vocabulary: int, order: int) -> list[Order]:
 def discounts(adjusted: np.ndarray) -> np.ndarray:
     """What is taken off counts of 0 (nothing), 1, 2, and 3 or more (Chen and Goodman 1998, equation 26)."""
     t = np.bincount(np.minimum(adjusted, 5), minlength=6).astype(float)
-    if np.all(t[1:5] > 0):
+    if np.all(t[1:4] > 0):  # as lmplz; nothing counted four times is a number like any other
         y = t[1] / (t[1] + 2 * t[2])
         found = [k - (k + 1) * y * t[k + 1] / t[k] for k in (1, 2, 3)]
         if all(0 <= value <= k for k, value in enumerate(found, 1)):
