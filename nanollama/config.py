@@ -35,7 +35,7 @@ class ComputeConfig:
         "splash_interpret",
     ] = "auto"  # fmt: skip
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at one time
-    moe: Literal["auto", "dropless", "blocked", "capacity", "dense"] = "auto"  # how experts are computed; `ops.moe.mix`
+    moe: Literal["auto", "dropless", "blocked", "grouped", "grouped_interpret", "capacity", "dense"] = "auto"  # ops.moe
     moe_capacity: float = 2.0  # capacity only: slots of an expert, relative to even loads; tokens beyond are dropped,
     # which changes what is computed (the count is in the metrics)
 

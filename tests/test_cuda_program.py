@@ -4,7 +4,9 @@ Nobody could look at it on a card; what is asked here are things that cost a ste
 """
 
 import dataclasses
+import functools
 import re
+from typing import Any
 
 import pytest
 from tiny import MODEL, tiny_config
@@ -14,12 +16,14 @@ from nanollama.models import decoder
 from nanollama.parallel import backend
 from nanollama.planning import aot, targets
 
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 ROWS, LENGTH = 2, 256
 DENSE = dataclasses.replace(MODEL, vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=64)
 EXPERTS = dataclasses.replace(DENSE, moe=MoeConfig(8, 2, 64))
 
 
-def program(model: ModelConfig) -> str:
+@functools.cache
+def program(model: ModelConfig, moe: Any = "auto") -> str:
     """The compiled program's text, with what stands for attention in a plan."""
     where = targets.parse("h200x1")
     if absent := aot.missing(where):
@@ -27,7 +31,7 @@ def program(model: ModelConfig) -> str:
     config = tiny_config(
         rows=ROWS,
         model=model,
-        compute=ComputeConfig(dtype="bfloat16", loss_chunk_tokens=256, scan_unroll=1),
+        compute=ComputeConfig(dtype="bfloat16", loss_chunk_tokens=256, scan_unroll=1, moe=moe),
         loss=LossConfig(balance_loss=0.01 if model.moe else 0.0),
     )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=LENGTH))
@@ -45,14 +49,23 @@ def trips(text: str) -> list[int]:
 
 
 def test_no_scatter_becomes_a_loop_or_a_sort_of_everything() -> None:
-    """What the deterministic flag makes of scatter-adds: a step a token (0.10.1), a sort of all numbers (0.12)."""
+    """What the deterministic flag makes of scatter-adds: an iteration a token (0.10), a sort of all numbers (0.12)."""
     assert "--xla_gpu_deterministic_ops=true" in backend.known_flags("gpu")
     text = program(EXPERTS)
-    assert max(sorted_numbers(text)) <= ROWS * LENGTH * EXPERTS.moe.experts_per_token
+    assert max(sorted_numbers(text)) <= ROWS * LENGTH  # ids of tokens
     assert max(trips(text)) <= 8  # layers, chunks of the loss
+
+
+def test_experts_read_their_own_rows_only() -> None:
+    """`ragged_dot` there copies all rows for each expert: an array of experts x assignments x width."""
+    text = program(EXPERTS)
+    assert "grouped_rows" in text and "grouped_weights" in text
+    experts = EXPERTS.moe.num_experts
+    assignments = ROWS * LENGTH * EXPERTS.moe.experts_per_token
+    assert not re.search(rf"\[{experts},{assignments},|\[{assignments},{experts},\d", text)
 
 
 def test_a_scatter_add_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "look_up", lambda table_VD, tokens_BT: table_VD[tokens_BT])
-    text, tokens = program(DENSE), ROWS * LENGTH
+    text, tokens = program.__wrapped__(DENSE), ROWS * LENGTH
     assert max(sorted_numbers(text), default=0) > tokens or max(trips(text)) >= tokens

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from nanollama.config import MoeConfig
+from nanollama.data.strict import FieldError
 from nanollama.ops import moe as ops
 from nanollama.ops.moe import Experts, Routing, route
 
-MOE = MoeConfig(num_experts=8, experts_per_token=2, expert_size=24)
+MOE = MoeConfig(num_experts=8, experts_per_token=2, expert_size=32)
 N, D = 40, 16
 RANDOM = np.random.default_rng(0)
 
@@ -22,7 +23,7 @@ def normal(*shape: int) -> jax.Array:
 
 
 X, LOGITS = normal(N, D), 2 * normal(N, 8)
-EXPERTS = Experts(normal(8, D, 24), normal(8, D, 24), normal(8, 24, D))
+EXPERTS = Experts(normal(8, D, 32), normal(8, D, 32), normal(8, 32, D))
 
 
 def by_hand(logits: np.ndarray, moe: MoeConfig, bias: np.ndarray) -> list[dict[int, float]]:
@@ -76,10 +77,10 @@ def experts_sum(path: str, x: jax.Array, experts: Experts, logits: jax.Array, fa
         return ops.capacity(x, routing, experts, factor=factor)[0]
     if path == "blocked":  # blocks of which some are full, some are filled up, and some are nobody's
         return ops.blocked(x, routing, experts, rows=8)
-    return {"dropless": ops.dropless, "dense": ops.dense}[path](x, routing, experts)
+    return ops.PATHS[path](x, routing, experts)
 
 
-@pytest.mark.parametrize("path", ["dropless", "blocked", "capacity"])
+@pytest.mark.parametrize("path", ["dropless", "blocked", "capacity", "grouped_interpret"])
 def test_paths_equal_the_dense_loop(path: str) -> None:
     """Outputs, and gradients to tokens, experts and router."""
 
@@ -94,6 +95,23 @@ def test_paths_equal_the_dense_loop(path: str) -> None:
     np.testing.assert_allclose(y, wanted, atol=1e-4)
     for got, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+def test_paths_are_chosen_by_device_and_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(kind: str, path: str = "auto", sides: tuple[int, int] = (64, 32)) -> str:
+        monkeypatch.setattr(ops, "device", lambda: (kind, ""))
+        return ops.resolve(path, 80, (8, *sides))
+
+    assert [on("cpu"), on("gpu"), on("tpu")] == ["blocked", "grouped", "dropless"]
+    assert on("gpu", sides=(64, 24)) == "dropless"
+    with pytest.raises(FieldError, match="it is for a GPU, and this program is for a CPU"):
+        on("cpu", "grouped")
+    with pytest.raises(FieldError, match="sides of 24 are not multiples of 16"):
+        on("gpu", "grouped", (64, 24))
+    with pytest.raises(FieldError, match="beyond what Triton's programs can index"):
+        ops.resolve("grouped", 10**6, (8, 4096, 1024))
+    with pytest.raises(ValueError, match="unknown path 'fast'"):
+        on("gpu", "fast")
 
 
 def test_dense_equals_a_loop_over_tokens() -> None:

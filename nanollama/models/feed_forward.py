@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from nanollama.config import ComputeConfig, ModelConfig, MoeConfig
 from nanollama.models.linear import adapter, linear, normal, parameter, residual_std
 from nanollama.models.lora import Dropout
+from nanollama.models.mesh_experts import mix
 from nanollama.ops import moe as ops
 from nanollama.ops.mlp import swiglu
 
@@ -66,7 +67,7 @@ def mixture_of_experts(
         stacked("expert_up", ("embed", "ffn"), (D, F), m.init_std),
         stacked("expert_down", ("ffn", "embed"), (F, D), residual_std(m)),
     )
-    y_ND, dropped_NJ = ops.mix(
+    y_ND, dropped_NJ = mix(
         h_ND, routing, experts, path=compute.moe, factor=compute.moe_capacity, real_N=real_BT.reshape(-1)
     )
     sums = ops.router_sums(routing, real_BT, dropped_NJ)

@@ -3,19 +3,23 @@
 Pure; knows neither parameters nor meshes. Letters as in `models.decoder`, and
     E experts    J experts per token    F width of one    C slots of an expert    M = N * J assignments
 
-The router is float32 throughout: a rounded score chooses another expert. There are four ways to compute the same sum
+The router is float32 throughout: a rounded score chooses another expert. There are five ways to compute the same sum
 over a token's experts: `dropless` (tokens sorted by expert, one ragged product), `blocked` (the same in dense blocks,
-for CPU), `capacity` (an equal number of slots per expert; the same sum unless a token finds no slot, which is counted)
-and `dense`, the slow twin (every expert on every token).
+for CPU), `grouped` (the same blocks through our kernels, for GPU), `capacity` (an equal number of slots per expert; the
+same sum unless a token finds no slot, which is counted) and `dense`, the slow twin (every expert on every token).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nanollama.config import MoeConfig
+from nanollama.data.strict import FieldError
+from nanollama.kernels import grouped as kernels
 from nanollama.ops.device import device
 from nanollama.ops.mlp import swiglu
 
@@ -96,18 +100,33 @@ def mix(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The experts' weighted sum [N, D] by the path of that name, and which assignments were dropped, if any can be.
 
-    auto: blocked on CPU, else dropless. On two CPU cores, forward and backward of 2048 tokens of width 256 through 2 of
-    8 experts of width 512 take 0.40 processor seconds blocked, 1.60 dropless, 0.88 dense, 0.25 with capacity 1.25.
-    Errors: ValueError on an unknown path.
+    Errors: those of `resolve`.
     """
+    path = resolve(path, routing.experts_NJ.size, experts.gate_EDF.shape)
     if path == "capacity":
         return capacity(x_ND, routing, experts, factor=factor, real_N=real_N)
+    return PATHS[path](x_ND, routing, experts), None
+
+
+def resolve(path: str, assignments: int, shape_EDF: tuple[int, ...]) -> str:
+    """The path that `mix` will take; auto: blocked on CPU, grouped on GPU where it can, else dropless.
+
+    On two CPU cores, forward and backward of 2048 tokens of width 256 through 2 of 8 experts of width 512 take 0.40
+    processor seconds blocked, 1.60 dropless, 0.88 dense, 0.25 with capacity 1.25.
+    Errors: ValueError on an unknown path, FieldError where a path cannot do what is asked.
+    """
+    if path not in ("auto", "capacity", *PATHS):
+        raise ValueError(f"moe: unknown path {path!r}; known: auto, capacity, {', '.join(PATHS)}")
+    where, reason = device()[0], kernels.why_not(assignments + shape_EDF[0] * kernels.ROWS, *shape_EDF)
     if path == "auto":
-        path = "blocked" if device()[0] == "cpu" else "dropless"
-    paths = {"dropless": dropless, "blocked": blocked, "dense": dense}
-    if path not in paths:
-        raise ValueError(f"moe: unknown path {path!r}; known: auto, capacity, {', '.join(paths)}")
-    return paths[path](x_ND, routing, experts), None
+        return {"cpu": "blocked", "gpu": "dropless" if reason else "grouped"}.get(where, "dropless")
+    if path.startswith("grouped"):
+        if path == "grouped" and where != "gpu":
+            reason = f"it is for a GPU, and this program is for a {where.upper()}"
+        if reason:
+            wrong = f"{path!r} cannot compute this: {reason}"
+            raise FieldError("config.compute.moe", wrong, "'auto' takes one that can.")
+    return path
 
 
 def dense(x_ND: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
@@ -161,14 +180,18 @@ def capacity(
     return _combine(out_NJD, routing), (expert_NJ < E) & ~has_slot_NJ
 
 
-def blocked(x_ND: jax.Array, routing: Routing, experts: Experts, *, rows: int = 128) -> jax.Array:
-    """`dropless` for CPU, where a ragged product is slow: assignments sorted by expert into blocks of `rows`.
+class Blocks(NamedTuple):
+    """Assignments sorted by expert into C = M / rows + E blocks of one expert each; an expert's last is filled up."""
 
-    Each expert's last block is filled up, so there are C = M / rows + E blocks at most, and every product is dense: a
-    block times a copy of its expert's weights.
-    """
-    (N, D), E, J = x_ND.shape, len(experts.gate_EDF), routing.experts_NJ.shape[1]
-    M = N * J
+    holder_S: jax.Array  # the assignment in each of the C * rows slots; M: nobody
+    slot_M: jax.Array  # of each assignment
+    expert_C: jax.Array  # of each block; what nobody needed counts as the last expert's
+    end_E: jax.Array  # the first block after each expert's
+
+
+def in_blocks(routing: Routing, num_experts: int, rows: int) -> Blocks:
+    """Where each assignment goes."""
+    E, M = num_experts, routing.experts_NJ.size
     C = -(-M // rows) + E
     expert_M = routing.experts_NJ.reshape(-1)
     chosen_ME = expert_M[:, None] == jnp.arange(E)
@@ -176,15 +199,39 @@ def blocked(x_ND: jax.Array, routing: Routing, experts: Experts, *, rows: int = 
     blocks_E = -(-chosen_ME.sum(axis=0, dtype=jnp.int32) // rows)
     end_E = jnp.cumsum(blocks_E)
     slot_M = (end_E - blocks_E)[expert_M] * rows + rank_M
-    holder_S = jnp.full(C * rows, M, jnp.int32).at[slot_M].set(jnp.arange(M, dtype=jnp.int32))  # M: nobody
-    expert_C = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(C), side="right"), E - 1)
-    is_of_CE = (expert_C[:, None] == jnp.arange(E)).astype(x_ND.dtype)
-    x_CRD = _take(jnp.repeat(x_ND, J, axis=0), holder_S, slot_M).reshape(C, rows, D)
+    holder_S = (
+        jnp.full(C * rows, M, jnp.int32).at[slot_M].set(jnp.arange(M, dtype=jnp.int32), unique_indices=True)
+    )
+    expert_C = jnp.minimum(jnp.sum(jnp.arange(C)[:, None] >= end_E, axis=1, dtype=jnp.int32), E - 1)
+    return Blocks(holder_S, slot_M, expert_C, end_E)
+
+
+def blocked(x_ND: jax.Array, routing: Routing, experts: Experts, *, rows: int = 128) -> jax.Array:
+    """`dropless` for CPU, where a ragged product is slow: every product is dense, a block times a copy of its expert's
+    weights."""
+    (N, D), E, J = x_ND.shape, len(experts.gate_EDF), routing.experts_NJ.shape[1]
+    blocks = in_blocks(routing, E, rows)
+    is_of_CE = (blocks.expert_C[:, None] == jnp.arange(E)).astype(x_ND.dtype)
+    x_SD = _take(jnp.repeat(x_ND, J, axis=0), blocks.holder_S, blocks.slot_M)
+    x_CRD = x_SD.reshape(-1, rows, D)
     # Copies by a product with ones: exact, and so is its gradient, a sum over an expert's blocks.
     gate_CDF, up_CDF, down_CFD = (jnp.einsum("ce,eio->cio", is_of_CE, weights) for weights in experts)
     hidden_CRF = swiglu(jnp.einsum("crd,cdf->crf", x_CRD, gate_CDF), jnp.einsum("crd,cdf->crf", x_CRD, up_CDF))
     out_CRD = jnp.einsum("crf,cfd->crd", hidden_CRF, down_CFD)
-    return _combine(_take(out_CRD.reshape(C * rows, D), slot_M, holder_S).reshape(N, J, D), routing)
+    return _combine(_take(out_CRD.reshape(-1, D), blocks.slot_M, blocks.holder_S).reshape(N, J, D), routing)
+
+
+def grouped(x_ND: jax.Array, routing: Routing, experts: Experts, *, interpret: bool = False) -> jax.Array:
+    """`dropless` for GPUs, by our kernels: a block times the weights of its expert, which nothing copies."""
+    (N, D), E, J = x_ND.shape, len(experts.gate_EDF), routing.experts_NJ.shape[1]
+    blocks = in_blocks(routing, E, kernels.ROWS)
+
+    def product(x_SI: jax.Array, weights_EIO: jax.Array) -> jax.Array:
+        return kernels.grouped_matmul(x_SI, weights_EIO, blocks.expert_C, blocks.end_E, interpret=interpret)
+
+    x_SD = _take(jnp.repeat(x_ND, J, axis=0), blocks.holder_S, blocks.slot_M)
+    out_SD = product(swiglu(product(x_SD, experts.gate_EDF), product(x_SD, experts.up_EDF)), experts.down_EFD)
+    return _combine(_take(out_SD, blocks.slot_M, blocks.holder_S).reshape(N, J, D), routing)
 
 
 def slots(tokens: int, experts_per_token: int, num_experts: int, factor: float) -> int:
@@ -279,3 +326,11 @@ def _take_backward(residuals: Any, gradient_SD: jax.Array) -> tuple[jax.Array, N
 
 
 _take.defvjp(_take_forward, _take_backward)
+
+PATHS: dict[str, Callable[[jax.Array, Routing, Experts], jax.Array]] = {
+    "dropless": dropless,
+    "blocked": blocked,
+    "grouped": grouped,
+    "grouped_interpret": functools.partial(grouped, interpret=True),
+    "dense": dense,
+}
