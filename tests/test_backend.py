@@ -89,13 +89,14 @@ def test_canary_refuses_the_flag_that_makes_gradients_wrong():
 
 
 def test_flags_are_added_once_and_never_over_the_users():
-    ours = "--xla_cpu_experimental_onednn_custom_call"
-    assert with_flags("", "0.10.1") == f"{ours}=true"
-    assert with_flags("--xla_x=1", "0.10.1") == f"--xla_x=1 {ours}=true"
-    assert with_flags(f"{ours}=false", "0.10.1") == f"{ours}=false"
-    assert with_flags(with_flags("", "0.10.1"), "0.10.1") == f"{ours}=true"
+    onednn, wide = "--xla_cpu_experimental_onednn_custom_call", "--xla_cpu_prefer_vector_width=512"
+    assert with_flags("", "0.10.1") == f"{onednn}=true {wide}"
+    assert with_flags("--xla_x=1", "0.10.1") == f"--xla_x=1 {onednn}=true {wide}"
+    assert with_flags(f"{onednn}=false", "0.10.1") == f"{onednn}=false {wide}"
+    assert with_flags("--xla_cpu_prefer_vector_width=256", "0.12.0") == "--xla_cpu_prefer_vector_width=256"
+    assert with_flags(with_flags("", "0.10.1"), "0.10.1") == f"{onednn}=true {wide}"
     assert with_flags("", "0.10.0") == ""  # XLA aborts on what it does not know: untried versions get nothing
-    assert with_flags("", "0.12.0.1") == ""  # it computes wrong gradients with oneDNN
+    assert with_flags("", "0.12.0.1") == wide  # it computes wrong gradients with oneDNN
 
 
 @pytest.mark.parametrize("platform", backend.FLAGS)

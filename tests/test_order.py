@@ -43,6 +43,11 @@ def attention_layers(q_BTHK: jax.Array) -> jax.Array:
     return jnp.sum(q_BTHK)
 
 
+def one_layer(x_BTHK: jax.Array) -> jax.Array:
+    mask = MaskSpec(jnp.zeros(x_BTHK.shape[:2], jnp.int32))
+    return jnp.sum(chunked_attention.attend_chunked(x_BTHK, x_BTHK, x_BTHK, mask, 1.0) ** 2)
+
+
 def mlp_layers(x_NF: jax.Array) -> jax.Array:
     for _ in range(LAYERS):
         x_NF = mlp.swiglu(jnp.roll(x_NF, 1, axis=0), x_NF)
@@ -62,6 +67,21 @@ def test_what_is_computed_again_is_not_kept(module, function, x, monkeypatch):
     monkeypatch.setattr(module, "after", lambda x, other: x)
     kept = working_memory(function, x)
     assert ours < 0.75 * kept, f"{ours} bytes, {kept} without an order"
+
+
+@pytest.mark.parametrize("function", [one_layer, jax.grad(one_layer)], ids=["forward", "backward"])
+def test_attention_takes_its_blocks_in_turn(function, monkeypatch):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8 * 64 + 8, 1, K)), jnp.float32)  # the last block is short
+
+    def compiled():
+        return jax.jit(lambda x: function(x)).lower(x).compile(QUICK)
+
+    ours = compiled()
+    monkeypatch.setattr(chunked_attention, "_in_turn", lambda x, done: x)
+    at_once = compiled()
+    np.testing.assert_array_equal(ours(x), at_once(x))
+    memory, all_scores = (program.memory_analysis().temp_size_in_bytes for program in (ours, at_once))
+    assert memory < 0.6 * all_scores, f"{memory} bytes, {all_scores} with the scores of all blocks"
 
 
 def test_the_step_copies_no_parameter_and_runs_once_the_compilers_memory_is_given_back(monkeypatch):

@@ -33,14 +33,18 @@ INSTALL_FIX = "pip install --upgrade 'jax>=0.10.1,!=0.10.2,!=0.11.0'"
 
 # Speed flags, with the jaxlib versions [first, end) known to accept them: XLA aborts the process on a flag it
 # does not know, so an untried version gets none. oneDNN matmuls end before 0.11: jaxlib 0.12.0.1 computes wrong
-# gradients with them (`transposed_addition` below, docs/decisions.md).
-CPU_FLAGS = {"--xla_cpu_experimental_onednn_custom_call=true": ((0, 10, 1), (0, 11))}
+# gradients with them (`transposed_addition` below, docs/decisions.md). LLVM keeps to vectors of 256 bits, which spared
+# the first processors with AVX-512 their lower clock; where there are 512 it now uses them, elsewhere nothing changes.
+_TRIED = ((0, 10, 1), (0, 13))
+_UNTIL_IGNORED = ((0, 10, 1), (0, 12))  # later ones accept and ignore it
+CPU_FLAGS = {
+    "--xla_cpu_experimental_onednn_custom_call=true": ((0, 10, 1), (0, 11)),
+    "--xla_cpu_prefer_vector_width=512": _TRIED,
+}
 # GPU: the same bits in every run, and collectives that run beside the products of other layers. Deterministic means
 # that XLA times nothing and takes the first program that can make a product, which is Triton's with tiles nobody chose;
 # without Triton it is the one that cuBLASLt's own heuristic puts first. Also, scatter-adds become loops or huge sorts:
 # the train step has none (`ops.embedding`, `ops.moe.route`). Read off XLA's source and compiled programs; not measured.
-_TRIED = ((0, 10, 1), (0, 13))
-_UNTIL_IGNORED = ((0, 10, 1), (0, 12))  # later ones accept and ignore it
 GPU_FLAGS = {
     "--xla_gpu_deterministic_ops=true": _TRIED,
     "--xla_gpu_enable_triton_gemm=false": _TRIED,
