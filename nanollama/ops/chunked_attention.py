@@ -39,7 +39,8 @@ def _blocked_forward(
     q_BGRTK: jax.Array, k_BGSK: jax.Array, v_BGSJ: jax.Array, mask: MaskSpec
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Output, and what the backward pass needs: the inputs, the output, and each row's logsumexp."""
-    outputs, lses = [], []
+    outputs: list[jax.Array] = []
+    lses: list[jax.Array] = []
     for rows, keys in _blocks(q_BGRTK.shape[3], k_BGSK.shape[2], mask):
         q = _in_turn(q_BGRTK[:, :, :, rows], outputs)
         k, v = k_BGSK[:, :, keys], v_BGSJ[:, :, keys]
@@ -65,7 +66,7 @@ def _blocked_backward(residuals: tuple[Any, ...], out_gradient_BGRTJ: jax.Array)
     q_BGRTK = after(q_BGRTK, out_gradient_BGRTJ[..., :1])  # else every block's scores are kept from the forward pass
     dtype = q_BGRTK.dtype
     delta_BGRT1 = jnp.sum((out_BGRTJ * out_gradient_BGRTJ).astype(jnp.float32), axis=-1, keepdims=True)
-    q_gradients = []
+    q_gradients: list[jax.Array] = []
     k_gradient_BGKS = jnp.zeros(k_BGSK.swapaxes(2, 3).shape, jnp.float32)
     v_gradient_BGJS = jnp.zeros(v_BGSJ.swapaxes(2, 3).shape, jnp.float32)
     for rows, keys in _blocks(q_BGRTK.shape[3], k_BGSK.shape[2], mask):
