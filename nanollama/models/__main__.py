@@ -3,6 +3,7 @@
 from nanollama.config import ModelConfig
 from nanollama.models.accounting import count_parameters, flops_per_token, kv_cache_bytes
 from nanollama.models.families import PRESETS
+from nanollama.quantities import si
 
 CONTEXT = 4096
 COLUMNS = {
@@ -22,7 +23,7 @@ def main() -> None:
         model = ModelConfig(**fields)
         count, flops = count_parameters(model), flops_per_token(model, CONTEXT)
         sizes = [model.num_layers, model.hidden_size, f"{model.num_heads}/{model.num_kv_heads}", model.vocab_size]
-        counts = [f"{count.total:,}", _short(count.active), _short(count.embedding)]
+        counts = [f"{count.total:,}", si(count.active), si(count.embedding)]
         giga = [_three(value / 1e9) for value in (flops.forward, flops.backward, flops.attention)]
         memory = [_three(4 * count.total / 2**30), _three(kv_cache_bytes(model, CONTEXT) / 2**20)]
         print(_line([name, *map(str, sizes), *counts, *giga, *memory]))
@@ -35,11 +36,6 @@ def _line(cells: list[str]) -> str:
         for cell, (column, width) in zip(cells, COLUMNS.items(), strict=True)
     )
     return first + "".join(others)
-
-
-def _short(count: int) -> str:
-    """1,383,054,784 -> 1.38B."""
-    return f"{_three(count / 1e9)}B" if count >= 1e9 else f"{_three(count / 1e6)}M"
 
 
 def _three(value: float) -> str:

@@ -19,9 +19,7 @@ class TensorMap(NamedTuple):
     """One of our stacked parameters, and the published tensors it is made of."""
 
     ours: str  # "layers/query"
-    theirs: (
-        str  # "model.layers.{layer}.self_attn.q_proj.weight"; each placeholder is one leading axis of ours
-    )
+    theirs: str  # "model.layers.{layer}.self_attn.q_proj.weight"; each placeholder is one leading axis of ours
     inputs: int = 0  # axes of ours that a matrix multiplies; theirs is [outputs, inputs]. 0: the same layout
     first_layer: int = 0  # the {layer} that index 0 of ours is
 
@@ -41,13 +39,9 @@ class Family:
     architecture: str
     fields: Mapping[str, str]
     tensors: Callable[[ModelConfig], list[TensorMap]]
-    defaults: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # theirs, where config.json has none
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # theirs, where config.json has none
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ours: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # our fields that the architecture fixes
+    ours: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # our fields that the architecture fixes
     windows: Literal["none", "never", "last_layers", "all_layers"] = "none"  # which layers may have a sliding window;
     # never: config.json has the fields, but they must be off
     ignored: frozenset[str] = frozenset()  # fields without effect while the required ones hold
