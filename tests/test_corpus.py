@@ -4,6 +4,7 @@ import datetime
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import pyarrow.parquet
 import pytest
 from corpora import documents, files_of, jsonl, mixture, small_mixture
 
+from data_pipeline.corpus import _main as corpus_main
 from data_pipeline.corpus import build_corpus
 from data_pipeline.curation import corpus_format, curate, shards, whole
 from data_pipeline.engine.progress import Progress
+from data_pipeline.engine.stage import command
 from data_pipeline.sources.files import FileReader
 from nanollama.data.files import DataError
 
@@ -354,6 +357,17 @@ def test_the_account_catches_a_lost_row(tmp_path: Path, monkeypatch: Any) -> Non
             patch.setattr(module, "sidecar_table", loses_the_last)
             with pytest.raises(DataError, match="rows are lost"):
                 build_corpus(config, tmp_path / module.__name__)
+
+
+def test_a_variable_of_a_step_that_is_not_set_is_one_message(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a text"]))
+    config = mixture(tmp_path / "mix.yaml", {"name": "a", "source": str(tmp_path / "a.jsonl")},
+                     selection=[{"type": "dsir", "target": ["${NOT_SET_ANYWHERE}/target.jsonl"]}])
+    monkeypatch.setattr(sys, "argv", ["corpus", f"--config={config}", f"--output={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit) as caught:
+        command(corpus_main)
+    assert caught.value.code == 1
+    assert re.match("error: target: the environment has no variable NOT_SET_ANYWHERE .*export", capsys.readouterr().err)
 
 
 def test_a_missing_or_changed_corpus_is_named(tmp_path: Path) -> None:

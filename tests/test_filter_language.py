@@ -79,6 +79,12 @@ def test_ugly_texts_have_a_language_or_none():
         assert 0 <= score <= 1
 
 
+def test_a_file_that_is_no_model_is_explained(tmp_path):
+    (tmp_path / "no.bin").write_text("no model")
+    with pytest.raises(DataError, match=r"filter language.model: .*no.bin is no fastText model"):
+        judged(["a text"], model=str(tmp_path / "no.bin"))
+
+
 def test_a_missing_package_or_model_is_explained(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"language\.model: no file .*fastText model"):
         judged(["a"], model=str(tmp_path / "none.ftz"))

@@ -99,6 +99,11 @@ MISTAKES = [
     ("phase: test", "phase: 2020-01-01", 1, ["metadata.phase", "put it in quotes"]),
     ("a test}", "a test", 2, ["not YAML"]),
     ("source: a.jsonl", "source: a.jsonl\n    date_field: 2023-02-29", 5, ["'2023-02-29'", "day", "in quotes"]),
+    ("source: a.jsonl", "source: a.jsonl\n    meta_fields: []\n    filters: [{type: url_blocklist, domains: [a.b]}]", 5,
+     ["datasets[0].meta_fields", "leaves out 'url'", "keep everything"]),
+    ("source: a.jsonl", "source: a.jsonl\n    filters: [{type: url_blocklist, patterns: ['']}]", 5, ["every URL"]),
+    ("datasets:\n", "decontamination: [{type: decontaminate, canaries: ['']}]\ndatasets:\n", 2,
+     ["decontamination[0].canaries", "every document holds"]),
     ("source: a.jsonl", f"source: a.jsonl\n    fields: {BOMB.replace(chr(10), chr(10) + ' ' * 6)}", 2,
      ["more than 100,000 values", "mixture.datasets", "fewer aliases"]),
 ]

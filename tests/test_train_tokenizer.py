@@ -15,7 +15,7 @@ import pytest
 from corpora import jsonl, mixture
 
 from data_pipeline.corpus import build_corpus
-from data_pipeline.curation.corpus_format import read_manifest, read_shard
+from data_pipeline.curation.corpus_format import ShardWriter, read_manifest, read_shard
 from data_pipeline.engine.progress import Progress
 from data_pipeline.sources.python_code import stdlib_files
 from data_pipeline.text.documents import hash_fraction, text_digest
@@ -261,6 +261,20 @@ def test_an_error_while_reading_comes_through_the_trainer(corpus: Path, tmp_path
     with pytest.raises(DataError, match="changed since it was made"):
         build_tokenizer(copy, tmp_path / "out", CONFIG)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_card_has_a_table_of_domains_where_a_filter_named_them(made: Tokenizer, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "part.jsonl") as writer:
+        for number in range(30):
+            domain = {"attributes": {"domain": ["law", "games"][number % 2]}} if number < 20 else {}
+            writer.write(f"set/{number}", f"text {number} " * (1 + number % 2), "set", domain, None)
+    manifest = {"datasets": [{"name": "set", "kept": 30, "bytes": 1000}],
+                "shards": [{"path": "part.jsonl", "sha256": writer.sha256, "dataset": "set"}]}
+    report = tokenizer_report.measure(made, tmp_path, manifest, Progress("test"))
+    assert {name: one.documents for name, one in report.domains.items()} == {"law": 10, "games": 10}
+    assert report.domains["games"].characters == sum(2 * len(f"text {number} ") for number in range(1, 20, 2))
+    tables = tokenizer_report.further_tables(report)
+    assert "By language" not in tables and tables.index("| games ") < tables.index("| law ")
 
 
 def test_vocabularies_compared_on_what_none_has_seen(languages: Path, made: Tokenizer, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from data_pipeline.text.documents import Bad
 from nanollama.data.files import DataError, sha256_json, write_json
 from nanollama.data.strict import to_mapping
 
-STAGE_VERSION = 1  # raise it when the same inputs would give other rows
+STAGE_VERSION = 2  # raise it when the same inputs would give other rows
 SHARD_BYTES = 16_000_000  # of text in a raw shard, at least
 SHARD_ROWS = 200_000
 SHOWN_BAD = 5  # broken rows told of per part

@@ -57,6 +57,9 @@ class Decontamination:
             raise FieldError(f"{where}.whole", f"{self.whole} is not in 1 to ngram ({self.ngram})",
                              f"Try {WHOLE}; ngram itself looks for no shorter text.")
 
+        if "" in self.canaries:
+            raise FieldError(f"{where}.canaries", "has an empty string, which every document holds", "Leave it out.")
+
     def prepare(self, directory: Path) -> None:
         """The index, made once in `directory` or opened there, for this process."""
         found = self._there()

@@ -15,6 +15,7 @@ from typing import Any
 
 import nanollama
 from nanollama.data.files import DataError, read_json, sha256_file, write_json
+from nanollama.data.strict import FieldError
 
 WORK = ".work"  # unfinished output, inside the output directory so that a rename moves it into place
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -134,7 +135,7 @@ def command(main: Callable[[], Any]) -> None:
     """Run a command line: an expected error is one message and exit code 1, an interrupt 130."""
     try:
         main()
-    except (DataError, OSError) as error:  # anything else is a bug and keeps its trace
+    except (DataError, FieldError, OSError) as error:  # anything else is a bug and keeps its trace
         print(f"error: {_plain(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import polars as pl
 
 from data_pipeline.filters.base import Batch, Judgement, Parameters, keep_all
 from data_pipeline.filters.resources import file_hash, missing, resource
+from nanollama.data.files import DataError
 from nanollama.data.strict import FieldError
 
 UNKNOWN = "und"  # ISO 639-2 for undetermined
@@ -115,4 +116,7 @@ def _model(path: Path) -> Any:
         import fasttext
     except ImportError as error:
         raise missing("fasttext-predict", "filter language") from error
-    return fasttext.load_model(str(path))
+    try:
+        return fasttext.load_model(str(path))
+    except ValueError as error:
+        raise DataError(f"filter language.model: {path} is no fastText model ({error}). {_HOW}") from error

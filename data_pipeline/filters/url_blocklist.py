@@ -133,6 +133,8 @@ def _read_patterns(path: Path, sha256: str) -> tuple[str, ...]:
 
 
 def _wrong_pattern(pattern: str) -> str | None:
+    if not pattern:
+        return "it is empty, and would match every URL"
     try:
         pl.Series([""]).str.contains(pattern)
     except pl.exceptions.ComputeError as error:

@@ -8,11 +8,13 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from data_pipeline.engine.variables import expand_variables
 from data_pipeline.engine.yaml_lines import YamlError, line_of, load_with_lines
-from data_pipeline.filters import make_filter
+from data_pipeline.filters import Filter, make_filter
+from data_pipeline.filters.url_blocklist import UrlBlocklistFilter
 from data_pipeline.mixtures.schema import Metadata, MixtureConfig, epochs_of
 from data_pipeline.mixtures.steps import BY_SIZE, SECTIONS, make_sampling, make_step
 from data_pipeline.sources.conversations import LAYOUTS
@@ -89,8 +91,7 @@ def _check(mixture: MixtureConfig, given: list[bool]) -> None:
     where = f"{ROOT}.datasets"
     if not mixture.datasets:
         raise FieldError(where, "has no dataset", "Give at least one.")
-    for index, item in enumerate(mixture.filters):
-        make_filter(item, f"{ROOT}.filters[{index}]")
+    common = [make_filter(item, f"{ROOT}.filters[{index}]") for index, item in enumerate(mixture.filters)]
     for section in SECTIONS:
         for index, item in enumerate(getattr(mixture, section)):
             make_step(section, item, f"{ROOT}.{section}[{index}]")
@@ -98,7 +99,7 @@ def _check(mixture: MixtureConfig, given: list[bool]) -> None:
     _check_metadata(mixture.metadata)
     names: set[str] = set()
     for index, dataset in enumerate(mixture.datasets):
-        _check_dataset(dataset, f"{where}[{index}]")
+        _check_dataset(dataset, f"{where}[{index}]", common)
         if dataset.name in names:
             raise FieldError(f"{where}[{index}].name", f"{dataset.name!r} is used twice",
                              "Names must differ: they are part of every document's id.")
@@ -152,7 +153,8 @@ def _check_weights(mixture: MixtureConfig, where: str, given: list[bool]) -> Non
                          "Divide each of them by that sum.")
 
 
-def _check_dataset(dataset: DatasetConfig, where: str) -> None:
+def _check_dataset(dataset: DatasetConfig, where: str, common: Sequence[Filter]) -> None:
+    """`common`: the filters of every dataset."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", dataset.name):
         raise FieldError(f"{where}.name", f"{dataset.name!r} is not a plain name",
                          "Use letters, digits, '.', '_' and '-' only.")
@@ -173,8 +175,12 @@ def _check_dataset(dataset: DatasetConfig, where: str) -> None:
                          "0.9 stops when more than 90 % of the rows are dropped, 1.0 never stops.")
     if dataset.separator == "":
         raise FieldError(f"{where}.separator", "is empty", "Leave it out for one document a file.")
-    for index, item in enumerate(dataset.filters):
-        make_filter(item, f"{where}.filters[{index}]")
+    own = [make_filter(item, f"{where}.filters[{index}]") for index, item in enumerate(dataset.filters)]
+    for judge in [*common, *own]:
+        asks = judge.field if isinstance(judge, UrlBlocklistFilter) and dataset.meta_fields is not None else None
+        if asks is not None and asks not in (dataset.meta_fields or ()):
+            raise FieldError(f"{where}.meta_fields", f"leaves out {asks!r}, which a filter url_blocklist looks at",
+                             "Add it, or the filter would keep everything.")
     _check_rows(dataset, where)
     _check_source(dataset, where)
 

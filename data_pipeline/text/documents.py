@@ -3,6 +3,7 @@
 Owns the rule of what a usable text is, and the identity of a text (`text_digest`). Knows nothing of files.
 """
 
+import calendar
 import dataclasses
 import datetime
 import hashlib
@@ -117,10 +118,18 @@ def iso_date(value: Any) -> str | None:
     if not isinstance(value, str):
         return None
     if (found := _ISO_DATE.match(value)) is not None:
-        return "-".join(part for part in found.groups() if part)
+        return _existing(*found.groups())
     if (found := _WORD_DATE.search(value)) is not None and found[2].lower() in _MONTHS:
-        return f"{found[3]}-{_MONTHS[found[2].lower()]:02d}-{int(found[1]):02d}"
+        return _existing(found[3], f"{_MONTHS[found[2].lower()]:02d}", f"{int(found[1]):02d}")
     return None
+
+
+def _existing(year: str, month: str | None, day: str | None) -> str:
+    """YYYY[-MM[-DD]], without a day that the month does not have."""
+    if month is None or day is None:
+        return year if month is None else f"{year}-{month}"
+    in_month = calendar.monthrange(int(year), int(month))[1]
+    return f"{year}-{month}-{day}" if 1 <= int(day) <= in_month else f"{year}-{month}"
 
 
 def language_of(meta: Mapping[str, Any]) -> str:

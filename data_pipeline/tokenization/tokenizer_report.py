@@ -61,10 +61,11 @@ class Measures:
 
 @dataclasses.dataclass
 class Report:
-    """The same documents, summed by source and by language."""
+    """The same documents, summed by source, by language and, where a filter named it, by domain."""
 
     sources: dict[str, Measures]
-    languages: dict[str, Measures]
+    languages: dict[str, Measures] = dataclasses.field(default_factory=dict)
+    domains: dict[str, Measures] = dataclasses.field(default_factory=dict)
 
 
 def measure(tokenizer: Tokenizer, corpus: str | os.PathLike[str], manifest: dict[str, Any], progress: Progress, *,
@@ -78,7 +79,7 @@ def measure(tokenizer: Tokenizer, corpus: str | os.PathLike[str], manifest: dict
             raise DataError(f"tokenizer: the probe {name!r} ({text!r}) does not come back exactly: "
                             f"{tokenizer.decode(tokenizer.encode(text))!r}. This is a bug; please report it.")
     is_byte = np.array([_is_byte(tokenizer.piece(token)) for token in range(tokenizer.vocab_size)])
-    report = Report({row["name"]: Measures() for row in manifest["datasets"] if row["kept"]}, {})
+    report = Report({row["name"]: Measures() for row in manifest["datasets"] if row["kept"]})
     rates = {row["name"]: min(1.0, MEASURED_BYTES / max(row["bytes"] * (holdout or 1.0), 1))
              for row in manifest["datasets"]}
     for shard in manifest["shards"]:
@@ -92,6 +93,8 @@ def measure(tokenizer: Tokenizer, corpus: str | os.PathLike[str], manifest: dict
             one = _measured(tokenizer, row, len(encoded), is_byte, exact)
             report.sources[shard["dataset"]].add(one)
             report.languages.setdefault(language_of(row["meta"]), Measures()).add(one)
+            if isinstance(domain := row["meta"].get("attributes", {}).get("domain"), str):
+                report.domains.setdefault(domain, Measures()).add(one)
             progress.update(f"measuring {shard['dataset']}", None,
                             f"{report.sources[shard['dataset']].bytes / 1e6:.1f} MB")
     return report
@@ -124,16 +127,18 @@ def cells(one: Measures) -> list[str]:
 
 
 def groups_table(title: str, groups: dict[str, Measures]) -> str:
-    """One line for each source or language."""
+    """One line for each source, language or domain."""
     return cards.table([title, *HEADER], [[name, *cells(one)] for name, one in groups.items() if one.documents])
 
 
-def languages_section(report: Report) -> str:
-    """The table by language, where any document names one."""
-    if set(report.languages) <= {UNKNOWN_LANGUAGE}:
-        return ""
-    ordered = dict(sorted(report.languages.items(), key=lambda item: (-item[1].bytes, item[0])))
-    return f"\n### By language\n\n{groups_table('language', ordered)}\n"
+def further_tables(report: Report) -> str:
+    """The tables by language and by domain, where any document names one."""
+    tables = ""
+    for title, groups in (("language", report.languages), ("domain", report.domains)):
+        if not set(groups) <= {UNKNOWN_LANGUAGE}:
+            ordered = dict(sorted(groups.items(), key=lambda item: (-item[1].bytes, item[0])))
+            tables += f"\n### By {title}\n\n{groups_table(title, ordered)}\n"
+    return tables
 
 
 def card(tokenizer: Tokenizer, report: Report) -> str:
@@ -158,7 +163,7 @@ wherever it is used, is the SHA-256 of `tokenizer.model`:
 ## Measured
 
 {groups_table("source", report.sources)}
-{languages_section(report)}
+{further_tables(report)}
 {drawn}, about {MEASURED_BYTES / 1e6:.0f} MB a source{trained}. *Byte pieces*: tokens that are single bytes of a
 character without a piece of its own. The round trip is also exact on {len(PROBES)} probes:
 {', '.join(PROBES)}.
