@@ -10,6 +10,7 @@ import re
 from typing import Literal
 
 from nanollama.data.strict import FieldError, nearest
+from nanollama.parallel.backend import GPU_MEMORY
 
 GB, GIB = 1e9, 2**30
 
@@ -37,12 +38,12 @@ class Device:
 # Power: thermal design power. Price: H100 and H200 as on-demand clouds list them in 2026, the TPUs as Google Cloud
 # does for its cheapest US region. Link: NVLink 4 has 450 GB/s one way (18 links of 25); a TPU chip's ICI links
 # together one way; network: 400 Gb/s InfiniBand or Ethernet per GPU, 200 GB/s of data-centre network per TPU host.
+_OF_80_GIB = GPU_MEMORY * 80 * GIB
 DEVICES: dict[str, Device] = {
-    # XLA keeps about 8 % of a GPU for its context, libraries and fragmentation.
-    "a100": Device("NVIDIA A100-SXM4-80GB", "cuda", 312e12, 0.92 * 80 * GIB, 2039 * GB, 300 * GB, 25 * GB, 8, 400, 1.8),
-    "h100": Device("NVIDIA H100 80GB HBM3", "cuda", 989e12, 0.92 * 80 * GIB, 3350 * GB, 450 * GB, 50 * GB, 8, 700, 3.0),
-    "h200": Device("NVIDIA H200", "cuda", 989e12, 0.92 * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, 700, 3.8),
-    "b200": Device("NVIDIA B200", "cuda", 2250e12, 0.92 * 180 * GB, 8000 * GB, 900 * GB, 50 * GB, 8, 1000, 6.0),
+    "a100": Device("NVIDIA A100-SXM4-80GB", "cuda", 312e12, _OF_80_GIB, 2039 * GB, 300 * GB, 25 * GB, 8, 400, 1.8),
+    "h100": Device("NVIDIA H100 80GB HBM3", "cuda", 989e12, _OF_80_GIB, 3350 * GB, 450 * GB, 50 * GB, 8, 700, 3.0),
+    "h200": Device("NVIDIA H200", "cuda", 989e12, GPU_MEMORY * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, 700, 3.8),
+    "b200": Device("NVIDIA B200", "cuda", 2250e12, GPU_MEMORY * 180 * GB, 8000 * GB, 900 * GB, 50 * GB, 8, 1000, 6.0),
     # Memory as libtpu's compiler states it in its out-of-memory errors: 15.75 and 95.73 GiB.
     "v4": Device("TPU v4", "tpu", 275e12, 31.75 * GIB, 1200 * GB, 135 * GB, 6 * GB, 4096, 192, 3.22),
     "v5e": Device("TPU v5 lite", "tpu", 197e12, 15.75 * GIB, 819 * GB, 100 * GB, 6 * GB, 256, 200, 1.2),
