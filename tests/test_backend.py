@@ -18,6 +18,7 @@ from nanollama.parallel.backend import (
     refuse_version,
     with_flags,
 )
+from nanollama.planning import targets
 
 
 def python(program, **environment):
@@ -148,6 +149,24 @@ def test_start_sets_devices_threads_cache_and_flags(tmp_path, arguments, devices
     processor = r"[0-9a-f]{8}"  # programs of one processor or pool never serve another
     assert re.fullmatch(f"{tmp_path}/nanollama/jax/{processor}-threads-{pool}", cache)
     assert flags == with_flags("", JAXLIB_VERSION).split()
+
+
+@pytest.mark.parametrize(("given", "taken"), [(None, "0.92"), ("0.5", "0.5")])
+def test_a_gpu_run_takes_the_memory_that_the_plan_counts_on(given, taken):
+    """The platform is made up: no device is started."""
+    code = """
+import os, unittest.mock
+from nanollama.parallel import backend
+quiet = dict.fromkeys(["check_arithmetic", "check_fusion", "_use_compilation_cache"], lambda: None)
+with unittest.mock.patch.multiple(backend, expected_platform=lambda: "gpu", **quiet):
+    backend.start()
+print(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"], os.environ["XLA_FLAGS"])
+"""
+    ran = python(code, **({"XLA_PYTHON_CLIENT_MEM_FRACTION": given} if given else {}))
+    assert ran.returncode == 0, ran.stderr
+    share, *flags = ran.stdout.split()
+    assert share == taken and flags == backend.known_flags("gpu")
+    assert targets.parse("h100").device.memory == float("0.92") * 80 * targets.GIB
 
 
 def test_no_writable_cache_is_only_a_warning(tmp_path):

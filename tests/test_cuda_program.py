@@ -23,7 +23,7 @@ EXPERTS = dataclasses.replace(DENSE, moe=MoeConfig(8, 2, 64))
 
 
 @functools.cache
-def program(model: ModelConfig, moe: Any = "auto") -> str:
+def program(model: ModelConfig, **compute: Any) -> str:
     """The compiled program's text, with what stands for attention in a plan."""
     where = targets.parse("h200x1")
     if absent := aot.missing(where):
@@ -31,7 +31,7 @@ def program(model: ModelConfig, moe: Any = "auto") -> str:
     config = tiny_config(
         rows=ROWS,
         model=model,
-        compute=ComputeConfig(dtype="bfloat16", loss_chunk_tokens=256, scan_unroll=1, moe=moe),
+        compute=ComputeConfig(dtype="bfloat16", loss_chunk_tokens=256, scan_unroll=1, **compute),
         loss=LossConfig(balance_loss=0.01 if model.moe else 0.0),
     )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=LENGTH))
@@ -63,6 +63,14 @@ def test_experts_read_their_own_rows_only() -> None:
     experts = EXPERTS.moe.num_experts
     assignments = ROWS * LENGTH * EXPERTS.moe.experts_per_token
     assert not re.search(rf"\[{experts},{assignments},|\[{assignments},{experts},\d", text)
+
+
+def test_every_product_of_the_layers_is_in_8_bits() -> None:
+    """Forward, its input's gradient and its weight's, of seven weights; results as wide as the activations."""
+    products = r'= \(?(\w+)\[.* custom_call_target="__cublas\$lt\$matmul(\$f8)?"'
+    results = re.findall(products, program(DENSE, fp8=True))
+    assert [dtype for dtype, eight in results if eight] == ["bf16"] * 3 * 7
+    assert len([dtype for dtype, eight in results if not eight]) == 3  # the head's
 
 
 def test_a_scatter_add_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nanollama.ops.products import product
+
 VALUES, GRADIENTS = jnp.float8_e4m3fn, jnp.float8_e5m2
 Quantised = tuple[jax.Array, jax.Array]  # the 8-bit array, and the float32 scale it is to be multiplied by
 
@@ -46,7 +48,11 @@ fp8_matmul.defvjp(_forward, _backward)
 
 
 def _product(left: Quantised, right: Quantised, dtype: Any, contracted: tuple[int, int]) -> jax.Array:
-    """The product over the given axes, of the operands as `dtype` holds them."""
-    a, b = (x.astype(dtype) * scale.astype(dtype) for x, scale in (left, right))
-    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32).astype(dtype)
+    """The product over the given axes, of the operands as `dtype` holds them.
+
+    Behind a barrier as a pair: XLA joins products that share an operand (query, key and value do), and weights
+    beside each other, each with a scale of its own, are no longer the pattern that it knows.
+    """
+    pair = jax.lax.optimization_barrier((left[0], right[0]))
+    a, b = (x.astype(dtype) * scale.astype(dtype) for x, (_, scale) in zip(pair, (left, right), strict=True))
+    return product(a, b, (((contracted[0],), (contracted[1],)), ((), ())))

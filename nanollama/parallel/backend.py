@@ -53,6 +53,9 @@ GPU_FLAGS = {
     "--xla_gpu_enable_pipelined_all_reduce=true": _UNTIL_IGNORED,
     "--xla_gpu_enable_pipelined_reduce_scatter=true": _UNTIL_IGNORED,
 }
+# Share of a GPU's memory that a run takes, as the plan counts on (JAX alone takes three quarters). The rest is for
+# CUDA's context, its libraries and NCCL.
+GPU_MEMORY = 0.92
 # TPU: none. Its compiler reads LIBTPU_INIT_ARGS, overlaps collectives as it comes, and refuses what it does not know.
 FLAGS = {"cpu": CPU_FLAGS, "gpu": GPU_FLAGS, "tpu": {}}
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
@@ -71,7 +74,8 @@ def start(*, elastic: bool = False, devices: int | None = None, processes: int =
 
     `elastic` pins the CPU thread pool, which the elastic determinism mode needs. `devices` asks for that many
     virtual CPU devices; `processes` is how many processes share the run. Calling again with the same needs does
-    nothing. A user's own XLA_FLAGS, JAX_COMPILATION_CACHE_DIR and (outside elastic mode) NPROC are respected.
+    nothing. A user's own XLA_FLAGS, JAX_COMPILATION_CACHE_DIR, XLA_PYTHON_CLIENT_MEM_FRACTION and (outside elastic
+    mode) NPROC are respected.
 
     Errors: BackendError on a jaxlib known to be wrong or found to be wrong, when the backend already runs with other
     settings than are asked for, or no device is.
@@ -87,9 +91,10 @@ def start(*, elastic: bool = False, devices: int | None = None, processes: int =
     if _running():
         _check_running(elastic, devices)
     else:
-        os.environ["XLA_FLAGS"] = with_flags(
-            os.environ.get("XLA_FLAGS", ""), JAXLIB_VERSION, expected_platform()
-        )
+        where = expected_platform()
+        os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), JAXLIB_VERSION, where)
+        if where == "gpu":
+            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY))
         if elastic:
             os.environ["NPROC"] = str(ELASTIC_THREADS)
         elif processes > 1:  # a collective of gloo blocks its thread: with too few for all devices none goes on

@@ -111,7 +111,7 @@ gpu_device_info {{
   shared_memory_per_block: 49152 shared_memory_per_core: {shared + 1024} shared_memory_per_block_optin: {shared}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: {device.bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: {device.memory / 0.92:.0f}
+  device_memory_size: {device.memory / backend.GPU_MEMORY:.0f}
   cuda_compute_capability {{ major: {capability} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}

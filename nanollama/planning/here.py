@@ -4,7 +4,6 @@ Knows how much memory there is. Cuts the batch to it where the config leaves tha
 fit, and warns of what may not.
 """
 
-import os
 import re
 
 import jax
@@ -134,14 +133,7 @@ def explain(config: Config, count: int, error: BaseException) -> str:
     buffers = "; ".join(largest_buffers(str(error)))
     by_xla = f"The largest buffers on a device, by XLA: {buffers}.\n" if buffers else ""
     return (f"out of memory: {said[:200]}\n{by_xla}The largest parts on a device, by formula: {largest(memory)}.\n"
-            f"{advice(config, sizes, min(room, 0.9 * memory.total))}"
-            f"{_gpu_fraction()}")  # fmt: skip
-
-
-def _gpu_fraction() -> str:
-    if jax.default_backend() != "gpu" or "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ:
-        return ""
-    return " JAX takes three quarters of a GPU's memory: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets it take more."
+            f"{advice(config, sizes, min(room, 0.9 * memory.total))}")  # fmt: skip
 
 
 def _least_activations(config: Config, sizes: dict[str, int]) -> float:

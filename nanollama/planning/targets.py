@@ -11,6 +11,7 @@ from typing import Literal
 
 from nanollama.accelerators import PEAK_FLOPS
 from nanollama.data.strict import FieldError, nearest
+from nanollama.parallel.backend import GPU_MEMORY
 
 GB, GIB = 1e9, 2**30
 
@@ -38,16 +39,16 @@ class Device:
 # Power: thermal design power. Price: H100 and H200 as on-demand clouds list them in 2026, the TPUs as Google Cloud
 # does for its cheapest US region. Link: NVLink 4 has 450 GB/s one way (18 links of 25); a TPU chip's ICI links
 # together one way; network: 400 Gb/s InfiniBand or Ethernet per GPU, 200 GB/s of data-centre network per TPU host.
+_OF_80_GIB = GPU_MEMORY * 80 * GIB
 DEVICES: dict[str, Device] = {
-    # XLA keeps about 8 % of a GPU for its context, libraries and fragmentation.
     "a100": Device("NVIDIA A100-SXM4-80GB", "cuda", PEAK_FLOPS["a100"],
-                   0.92 * 80 * GIB, 2039 * GB, 300 * GB, 25 * GB, 8, 400, 1.8),
+                   _OF_80_GIB, 2039 * GB, 300 * GB, 25 * GB, 8, 400, 1.8),
     "h100": Device("NVIDIA H100 80GB HBM3", "cuda", PEAK_FLOPS["h100"],
-                   0.92 * 80 * GIB, 3350 * GB, 450 * GB, 50 * GB, 8, 700, 3.0),
+                   _OF_80_GIB, 3350 * GB, 450 * GB, 50 * GB, 8, 700, 3.0),
     "h200": Device("NVIDIA H200", "cuda", PEAK_FLOPS["h200"],
-                   0.92 * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, 700, 3.8),
+                   GPU_MEMORY * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, 700, 3.8),
     "b200": Device("NVIDIA B200", "cuda", PEAK_FLOPS["b200"],
-                   0.92 * 180 * GB, 8000 * GB, 900 * GB, 50 * GB, 8, 1000, 6.0),
+                   GPU_MEMORY * 180 * GB, 8000 * GB, 900 * GB, 50 * GB, 8, 1000, 6.0),
     # Memory as libtpu's compiler states it in its out-of-memory errors: 15.75 and 95.73 GiB.
     "v4": Device("TPU v4", "tpu", PEAK_FLOPS["tpu v4"],
                  31.75 * GIB, 1200 * GB, 135 * GB, 6 * GB, 4096, 192, 3.22),
