@@ -25,8 +25,10 @@ DISTRIBUTION = {"yaml": "pyyaml", "kenlm": "ufal-kenlm", "sklearn": "scikit-lear
 STACK = {"clu", "einops"}  # named as part of the stack: there for configs and code of users, whether we import them
 
 # These rooms can be measured on a machine that has only the array libraries.
-PURE_ROOMS = ("ops", "kernels", "models", "parallel", "config", "model_config", "data.strict", "data.files")
-PURE_ROOMS += ("training.step", "training.state", "training.optim", "training.schedules", "objectives.next_token")
+PURE_ROOMS = (
+    "ops", "kernels", "models", "parallel", "config", "model_config", "quantities", "data.strict", "data.files",
+    "training.step", "training.state", "training.optim", "training.schedules", "objectives.next_token",
+)  # fmt: skip
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "numpy", "einops", "nanollama"}
 
 
