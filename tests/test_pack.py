@@ -20,8 +20,7 @@ from killing import kill_when
 
 from data_pipeline.corpus import build_corpus
 from data_pipeline.curation import corpus_format
-from data_pipeline.pack import _main as pack_main
-from data_pipeline.pack import build_packed, pack_datasets, pack_phases
+from data_pipeline.pack import build_packed, pack_datasets
 from data_pipeline.packing import files as packed_files
 from data_pipeline.packing import records as pack_records
 from data_pipeline.packing import tokens as pack_tokens
@@ -281,41 +280,6 @@ def test_a_set_for_each_dataset_holds_what_the_whole_set_holds(room: Path, packe
     assert one == made  # nothing to do
     with pytest.raises(DataError, match=r"no dataset 'cod'.*'code'"):
         pack(room, tmp_path / "wrong", dataset="cod")
-
-
-def test_a_set_for_each_phase_of_a_curriculum(room: Path, tmp_path: Path, capsys: Any) -> None:
-    words = ["easy words here", "harder words stand there", "the hardest of all words are these"]
-    for name in ("one", "two"):
-        rows = [{"text": f"{name} {number}: {words[number % 3]}", "hard": number % 3} for number in range(150)]
-        (tmp_path / f"{name}.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-    parts = [{"name": name, "source": str(tmp_path / f"{name}.jsonl"), "mix_ratio": ratio,
-              "filters": [{"type": "length", "min_characters": 20}]} for name, ratio in (("one", 0.8), ("two", 0.2))]
-    config = mixture(tmp_path / "mix.yaml", *parts,
-                     selection=[{"type": "curriculum", "attribute": "hard", "phases": 3}])
-    build_corpus(config, tmp_path / "corpus")
-    options = {"record_length": 64, "validation_fraction": 0.1}
-    made = pack_phases(tmp_path / "corpus", room / "tokenizer", tmp_path / "packed", **options)
-    seen: list[str] = []
-    for number, (name, sets) in enumerate(made.items()):
-        assert name == f"phase-{number}" and list(sets) == [""]
-        verify(tmp_path / "packed" / name)
-        found = [text for rows in texts_of(tmp_path / "packed" / name, room).values() for _, _, text in rows]
-        assert len(found) > 80 and all(text.endswith(words[number]) for text in found)
-        rows = sets[""]["rows"]["one"]
-        assert rows["rows_in"] == rows["kept"] + sum(rows["dropped"].values())
-        seen += found
-    assert sorted(seen) == sorted(row["text"] for row in documents(tmp_path / "corpus")) and len(made) == 3
-    command = ["pack", f"--corpus={tmp_path / 'corpus'}", f"--tokenizer={room / 'tokenizer'}", "--per-phase",
-               f"--output={tmp_path / 'each'}", "--record-length=64", "--per-dataset", "--workers=1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
-        pack_main()
-    told = capsys.readouterr().out
-    assert told.count("config.data.sets") == 3 and "in this order" in told
-    assert f"{{'path': '{tmp_path}/each/phase-2/two', 'weight': 0.2}}" in told
-    assert PackedSet(tmp_path / "each" / "phase-2" / "two").manifest["sources"] == ["two"]
-    with pytest.raises(DataError, match=r"belong to no phases.*type: curriculum"):
-        pack_phases(room / "corpus", room / "tokenizer", tmp_path / "none", **options)
 
 
 def test_a_long_document_is_one_segment_of_a_long_row(room: Path, packed: Path) -> None:
