@@ -72,6 +72,7 @@ def parts() -> list[Part]:
         Part("torch 125m", 0, ("train_gpu.py", "--case=125m", f"--peer-python={TORCH}"), "train 125m"),
         Part("decode", 0, ("decode.py", "--model=nanollama-1b", "--dtype=bfloat16", "--batches=1,16",
                            f"--peer-python={TORCH}")),
+        Part("train 1b tuned", 0, ("train_gpu.py", "--case=1b", "--autotune")),
         Part("train 1b-full", 0, ("train_gpu.py", "--case=1b-full")),
         Part("attention all", 0, ("attention.py", "--lengths=1024,4096,16384")),
     ]  # fmt: skip

@@ -13,6 +13,7 @@ for packed rows, flex_attention, at the same rows. Needs jax, flax, optax, numpy
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ Keep = Callable[[dict[str, Any]], None]  # writes the figures there are, in case
 
 WARM_UP, TIMED, GROUPS = 2, 4, 3  # steps that are not timed; steps timed together, and how often
 BATCHES = 2  # different ones, in turn
+AUTOTUNE = "--xla_gpu_deterministic_ops=false --xla_gpu_enable_triton_gemm=true"  # what the same bits cost
 ROOM = 0.92  # of the memory, for what the formula puts too low
 TINY = ModelConfig(256, 64, 128, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16)
 
@@ -230,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", choices=tuple(cases()), default="1b")
     parser.add_argument("--rows", type=int, default=0, help="rows of the twin; default: the case's first that fits")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--autotune", action="store_true", help="without the flags that make a run deterministic")
     parser.add_argument("--peer-python", type=Path, help="run PyTorch's twin with this Python instead of ours")
     parser.add_argument("--peer-device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--out", type=Path, help="default: results/train_gpu_CASE.json")
@@ -246,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")  # the card is the twin's
         figures = theirs(case, options.peer_python, options.peer_device, options.rows, keep)
     else:
+        if options.autotune:  # before JAX starts; what the user names is left alone
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {AUTOTUNE}"
         backend.start()
         figures = ours(case, options.dtype, keep)
     show(name, figures)

@@ -24,8 +24,8 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matmuls; see optimizer.parameter_dtype
     fp8: bool = False  # products of the layers in 8 bits, current scaling (`ops.fp8`); GPUs from Hopper on gain by it
-    # what the backward pass computes again per layer: nothing; all but matrix products; all but attention's output
-    # and logsumexp (least memory that never runs attention's forward twice); everything
+    # what the backward pass computes again per layer: nothing; all but matrix products and attention; all but attention
+    # (least memory that never runs its forward pass twice); everything
     remat: Literal["none", "dots", "names", "full"] = "none"
     # layers per scan iteration; 0: all (fastest on CPU and GPU, slower to compile), with remat one
     scan_unroll: int = 0

@@ -299,7 +299,8 @@ def _remat(compute: ComputeConfig) -> Any:
         "none": None,
         "names": policies.save_only_these_names(OUTPUT_NAME, LSE_NAME),
         "dots": policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT_NAME)),
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(PRODUCT_NAME, OUTPUT_NAME, LSE_NAME)),
         "full": policies.nothing_saveable,
     }[compute.remat]
 

@@ -44,9 +44,9 @@ def step_time(config: Config, target: Target, sizes: Sizes, memory: Memory) -> S
     used = math.prod(sizes.values())
     tokens = config.batch.global_rows * config.data.sequence_length
     flops = flops_per_token(model, config.data.sequence_length)
-    # The backward pass computes the forward pass again: all of it, or with saved products just the attention.
+    # The backward pass computes the forward pass again: all of it, or all but attention, or neither products nor that.
     products, attention = {
-        "none": (1.0, 1.0), "dots": (1.0, 4 / 3), "names": (4 / 3, 1.0), "full": (4 / 3, 4 / 3),
+        "none": (1.0, 1.0), "dots": (1.0, 1.0), "names": (4 / 3, 1.0), "full": (4 / 3, 4 / 3),
     }[compute.remat]  # fmt: skip
     peak = device.peak_flops * (0.5 if compute.dtype == "float32" and device.platform != "cpu" else 1.0)
     arithmetic = (tokens / used) * (
