@@ -39,7 +39,8 @@ def _blocked_forward(
     q_BGRTK: jax.Array, k_BGSK: jax.Array, v_BGSJ: jax.Array, mask: MaskSpec
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Output, and what the backward pass needs: the inputs, the output, and each row's logsumexp."""
-    outputs, lses = [], []
+    outputs: list[jax.Array] = []
+    lses: list[jax.Array] = []
     for rows, keys in _blocks(q_BGRTK.shape[3], k_BGSK.shape[2], mask):
         q = _in_turn(q_BGRTK[:, :, :, rows], outputs)
         k, v = k_BGSK[:, :, keys], v_BGSJ[:, :, keys]
@@ -65,7 +66,7 @@ def _blocked_backward(residuals: tuple[Any, ...], out_gradient_BGRTJ: jax.Array)
     q_BGRTK = after(q_BGRTK, out_gradient_BGRTJ[..., :1])  # else every block's scores are kept from the forward pass
     dtype = q_BGRTK.dtype
     delta_BGRT1 = jnp.sum((out_BGRTJ * out_gradient_BGRTJ).astype(jnp.float32), axis=-1, keepdims=True)
-    q_gradients = []
+    q_gradients: list[jax.Array] = []
     k_gradient_BGKS = jnp.zeros(k_BGSK.swapaxes(2, 3).shape, jnp.float32)
     v_gradient_BGJS = jnp.zeros(v_BGSJ.swapaxes(2, 3).shape, jnp.float32)
     for rows, keys in _blocks(q_BGRTK.shape[3], k_BGSK.shape[2], mask):
@@ -92,7 +93,7 @@ def _in_turn(x_BGRTX: jax.Array, done: list[jax.Array]) -> jax.Array:
 
     XLA:CPU schedules breadth first: left alone it multiplies the scores of all blocks, then masks all, and so on. Each
     pass then finds its block in memory and no longer in a cache, and all scores are there at once. One layer of 8 x
-    512 tokens, forward and backward: 57 -> 44 ms of one core, working memory 162 -> 45 MiB, the same bits.
+    512 tokens, forward and backward, on two cores: 33.8 -> 25.5 ms, working memory 162 -> 45 MiB, the same bits.
     """
     return after(x_BGRTX, done[-1][:, :, :, : x_BGRTX.shape[3], :1]) if done else x_BGRTX
 
