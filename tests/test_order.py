@@ -71,7 +71,7 @@ def test_what_is_computed_again_is_not_kept(module, function, x, monkeypatch):
 
 @pytest.mark.parametrize("function", [one_layer, jax.grad(one_layer)], ids=["forward", "backward"])
 def test_attention_takes_its_blocks_in_turn(function, monkeypatch):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8 * 64 + 8, 1, K)), jnp.float32)  # the last block is short
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8 * 64 + 8, 8, K)), jnp.float32)  # the last block is short
 
     def compiled():
         return jax.jit(lambda x: function(x)).lower(x).compile(QUICK)
@@ -81,7 +81,7 @@ def test_attention_takes_its_blocks_in_turn(function, monkeypatch):
     at_once = compiled()
     np.testing.assert_array_equal(ours(x), at_once(x))
     memory, all_scores = (program.memory_analysis().temp_size_in_bytes for program in (ours, at_once))
-    assert memory < 0.6 * all_scores, f"{memory} bytes, {all_scores} with the scores of all blocks"
+    assert memory < 0.42 * all_scores, f"{memory} bytes, {all_scores} with the scores of all blocks"
 
 
 def test_the_step_copies_no_parameter_and_runs_once_the_compilers_memory_is_given_back(monkeypatch):

@@ -93,7 +93,7 @@ def _in_turn(x_BGRTX: jax.Array, done: list[jax.Array]) -> jax.Array:
 
     XLA:CPU schedules breadth first: left alone it multiplies the scores of all blocks, then masks all, and so on. Each
     pass then finds its block in memory and no longer in a cache, and all scores are there at once. One layer of 8 x
-    512 tokens, forward and backward: 57 -> 44 ms of one core, working memory 162 -> 45 MiB, the same bits.
+    512 tokens, forward and backward, on two cores: 33.8 -> 25.5 ms, working memory 162 -> 45 MiB, the same bits.
     """
     return after(x_BGRTX, done[-1][:, :, :, : x_BGRTX.shape[3], :1]) if done else x_BGRTX
 
