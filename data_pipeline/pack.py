@@ -147,12 +147,12 @@ def pack_phases(corpus: str | os.PathLike[str], tokenizer: str | os.PathLike[str
     with `per_dataset` of one for each of its datasets, in `output`/phase-N/NAME. Options: `build_packed`'s."""
     made: dict[str, dict[str, dict[str, Any]]] = {}
     for phase in phases_of(corpus):
-        name = f"phase-{phase.number}"
-        parts = [part for part, count in phase.documents.items() if count]
-        chosen: dict[str, str | None] = {part: part for part in parts} if per_dataset else {"": None} if parts else {}
-        made[name] = {part: build_packed(corpus, tokenizer, Path(output) / name / part, dataset=dataset, phase=phase,
-                                         **options) for part, dataset in chosen.items()}
-    return {name: sets for name, sets in made.items() if sets}
+        datasets = [dataset for dataset, count in phase.documents.items() if count]
+        if datasets:
+            name, parts = f"phase-{phase.number}", datasets if per_dataset else [""]
+            made[name] = {part: build_packed(corpus, tokenizer, Path(output) / name / part, dataset=part or None,
+                                             phase=phase, **options) for part in parts}
+    return made
 
 
 def _only(manifest: dict[str, Any], dataset: str, corpus: str | os.PathLike[str]) -> dict[str, Any]:

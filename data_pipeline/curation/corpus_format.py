@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from nanollama.data.files import DataError, read_json, sha256_file
+from nanollama.data.files import DataError, into_place, read_json, sha256_file
 
 MANIFEST, CARD, DROPPED, SHARDS = "manifest.json", "DATA_CARD.md", "dropped.jsonl", "shards"
 DECISIONS = "decisions"
@@ -50,10 +50,8 @@ class ShardWriter:
         try:
             self._rows.close()
             if kind is None:
-                with open(self._temporary, "rb") as file:
-                    os.fsync(file.fileno())
                 self.bytes, self.sha256 = self._temporary.stat().st_size, sha256_file(self._temporary)
-                os.replace(self._temporary, self.path)
+                into_place(self._temporary, self.path)
         finally:
             self._temporary.unlink(missing_ok=True)
 

@@ -36,7 +36,7 @@ from data_pipeline.mixtures.load import mixture_mapping
 from data_pipeline.mixtures.schema import MixtureConfig
 from data_pipeline.sources import Input, Part, open_source
 from data_pipeline.sources.dataset import DatasetConfig, brings_ids, format_of
-from nanollama.data.files import DataError, sha256_file, sha256_json, write_atomic, write_json
+from nanollama.data.files import DataError, into_place, sha256_file, sha256_json, write_atomic, write_json
 
 STAGE_VERSION = 3  # raise it when the same inputs would give other bytes
 CACHE = ".cache"
@@ -343,6 +343,4 @@ def _joined(parts: Sequence[Path], target: Path) -> None:
         for path in parts:
             with open(path, "rb") as part:
                 shutil.copyfileobj(part, joined)
-        joined.flush()
-        os.fsync(joined.fileno())
-    os.replace(temporary, target)
+    into_place(temporary, target)

@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 from data_pipeline.filters.base import Batch
 from data_pipeline.text.documents import Bad, Document, text_digest
-from nanollama.data.files import DataError, sha256_json
+from nanollama.data.files import DataError, into_place, sha256_json
 
 GROUP_BYTES = 8_000_000  # of text held at once when a shard is written or read
 GROUP_ROWS = 20_000
@@ -136,7 +136,7 @@ class RawWriter:
         if self._held:
             self._flush()
         self._file.close()
-        _into_place(self._temporary, self.path)
+        into_place(self._temporary, self.path)
 
     def abandon(self) -> None:
         """Leave nothing behind."""
@@ -150,7 +150,7 @@ def write_table(path: str | os.PathLike[str], table: pyarrow.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     pyarrow.parquet.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-    _into_place(temporary, path)
+    into_place(temporary, path)
 
 
 def read_columns(path: str, columns: list[str] | None = None) -> pyarrow.Table:
@@ -309,12 +309,6 @@ def texts_table(rows: np.ndarray, texts: list[str]) -> pyarrow.Table:
         "bytes": pyarrow.array([len(one) for one in encoded], pyarrow.uint64()),
         "characters": pyarrow.array([len(text) for text in texts], pyarrow.uint64()),
         "digest": pyarrow.array([text_digest(one) for one in encoded], pyarrow.binary(16))}, schema=TEXTS)
-
-
-def _into_place(temporary: Path, path: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _storable(text: str) -> str:

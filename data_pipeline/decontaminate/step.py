@@ -56,7 +56,6 @@ class Decontamination:
         if not 1 <= self.whole <= self.ngram:
             raise FieldError(f"{where}.whole", f"{self.whole} is not in 1 to ngram ({self.ngram})",
                              f"Try {WHOLE}; ngram itself looks for no shorter text.")
-
         if "" in self.canaries:
             raise FieldError(f"{where}.canaries", "has an empty string, which every document holds", "Leave it out.")
 

@@ -176,11 +176,11 @@ def _check_dataset(dataset: DatasetConfig, where: str, common: Sequence[Filter])
     if dataset.separator == "":
         raise FieldError(f"{where}.separator", "is empty", "Leave it out for one document a file.")
     own = [make_filter(item, f"{where}.filters[{index}]") for index, item in enumerate(dataset.filters)]
-    for judge in [*common, *own]:
-        asks = judge.field if isinstance(judge, UrlBlocklistFilter) and dataset.meta_fields is not None else None
-        if asks is not None and asks not in (dataset.meta_fields or ()):
-            raise FieldError(f"{where}.meta_fields", f"leaves out {asks!r}, which a filter url_blocklist looks at",
-                             "Add it, or the filter would keep everything.")
+    if dataset.meta_fields is not None:
+        for judge in [*common, *own]:
+            if isinstance(judge, UrlBlocklistFilter) and judge.field not in dataset.meta_fields:
+                raise FieldError(f"{where}.meta_fields", f"leaves out {judge.field!r}, which a filter url_blocklist "
+                                 "looks at", "Add it, or the filter would keep everything.")
     _check_rows(dataset, where)
     _check_source(dataset, where)
 

@@ -11,9 +11,9 @@ from data_pipeline.curation.corpus_format import read_manifest, read_shard
 from nanollama.data.files import DataError
 
 
-def phase_of(row: dict[str, Any]) -> int | None:
-    """The phase that a document of the corpus belongs to; None without a curriculum."""
-    phase: int | None = row["meta"].get("attributes", {}).get("phase")
+def phase_of(row: dict[str, Any]) -> int:
+    """The phase that a document of a corpus with a curriculum belongs to."""
+    phase: int = row["meta"]["attributes"]["phase"]
     return phase
 
 
@@ -42,5 +42,5 @@ def phases_of(corpus: str | os.PathLike[str]) -> list[Phase]:
     phases = [Phase(number, {row["name"]: 0 for row in manifest["datasets"]}) for number in range(steps[-1]["phases"])]
     for shard in manifest["shards"]:
         for row in read_shard(corpus, shard):
-            phases[phase_of(row) or 0].documents[shard["dataset"]] += 1
+            phases[phase_of(row)].documents[shard["dataset"]] += 1
     return phases

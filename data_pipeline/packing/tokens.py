@@ -19,7 +19,7 @@ import pyarrow.parquet
 from data_pipeline.curation.corpus_format import read_shard
 from data_pipeline.packing.phases import phase_of
 from data_pipeline.text.documents import hash_fraction, text_digest
-from nanollama.data.files import DataError
+from nanollama.data.files import DataError, into_place
 from nanollama.data.tokenizer import Tokenizer
 from nanollama.data.tokenizer_folder import load_tokenizer
 
@@ -79,7 +79,7 @@ def tokenize_shard(task: ShardTask) -> tuple[int, int]:
         characters = seen = 0
         for row in read_shard(task.corpus, task.shard):
             seen += 1
-            if task.phase not in (None, phase_of(row)):
+            if task.phase is not None and phase_of(row) != task.phase:
                 continue
             batch.append(row)
             characters += len(row["text"])
@@ -87,13 +87,11 @@ def tokenize_shard(task: ShardTask) -> tuple[int, int]:
                 rows += _encode(batch, tokenizer, dtype, task, file)
                 batch, characters = [], 0
         rows += _encode(batch, tokenizer, dtype, task, file)
-        file.flush()
-        os.fsync(file.fileno())
     if seen != task.shard["documents"]:
         raise DataError(
             f"{task.shard['path']}: {seen} documents, the corpus manifest says "
             f"{task.shard['documents']}. Delete the corpus manifest and run data_pipeline.corpus again.")
-    os.replace(temporary, task.tokens_path)
+    into_place(temporary, task.tokens_path)
     table = pyarrow.Table.from_pylist(rows, TABLE)
     pyarrow.parquet.write_table(table, temporary, compression="zstd")
     os.replace(temporary, task.table_path)

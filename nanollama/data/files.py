@@ -39,13 +39,17 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def into_place(temporary: Path, path: Path) -> None:
+    """Give a file that is whole and closed its name, also after a power cut."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

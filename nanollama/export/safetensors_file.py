@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nanollama.data.files import DataError, read_json, write_json
+from nanollama.data.files import DataError, into_place, read_json, write_json
 from nanollama.export.weights import TensorInfo
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -190,9 +190,7 @@ def _write_file(path: Path, shard: list[Any], cut: Callable[[Any, str], np.ndarr
                     raise ValueError(f"{name}: {array.shape} {array.dtype} written as {info}")
                 file.write(array.reshape(-1).view(np.uint8).data)
             del loaded
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    into_place(temporary, path)
 
 
 def _numpy(name: str) -> np.dtype:

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from nanollama.ops import attention
 from nanollama.ops.masks import MaskSpec
 from nanollama.parallel import context
-from nanollama.parallel.mesh import partition_spec
+from nanollama.parallel.mesh import cuts_arrays, partition_spec
 
 PARTITIONED_BY_XLA = ("xla_chunked", "reference")
 
@@ -33,7 +33,7 @@ def attend(
     if mask.pieces:
         return _attend_pieces(q_BTHK, k_BSGK, v_BSGJ, mask, backend, scale)
     backend = attention.resolve(q_BTHK, k_BSGK, v_BSGJ, mask, backend)
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types or backend in PARTITIONED_BY_XLA:
+    if backend in PARTITIONED_BY_XLA or not cuts_arrays(mesh):
         return attention.attend(q_BTHK, k_BSGK, v_BSGJ, mask, backend=backend, scale=scale)
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]
     queries = partition_spec(("batch", None, "heads", None), q_BTHK.shape, mesh)

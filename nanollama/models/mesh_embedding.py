@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from nanollama.ops.device import device
 from nanollama.ops.embedding import sums_by_id
-from nanollama.parallel.mesh import partition_spec
+from nanollama.parallel.mesh import cuts_arrays, partition_spec
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -35,7 +35,7 @@ def _forward(size: int, table_VD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.
 def _backward(size: int, kept: tuple[jax.Array, jax.Array], gradient_BTD: jax.Array) -> tuple[jax.Array, None]:
     tokens_BT, like_table = kept
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    if not cuts_arrays(mesh):
         sums_VD = _sums(gradient_BTD, tokens_BT, size)
     else:
         gradient = partition_spec(("batch", None, "activation_embed"), gradient_BTD.shape, mesh)

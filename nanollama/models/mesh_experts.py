@@ -5,10 +5,10 @@ the parts' sums are added. The other paths are XLA's own operations, which it cu
 """
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from nanollama.ops import moe
-from nanollama.parallel.mesh import partition_spec
+from nanollama.parallel.mesh import cuts_arrays, partition_spec
 
 
 def mix(
@@ -17,8 +17,7 @@ def mix(
     """As `ops.moe.mix`, on the mesh of the program being traced."""
     mesh = jax.sharding.get_abstract_mesh()
     path = moe.resolve(path, routing.experts_NJ.size, experts.gate_EDF.shape)
-    alone = mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types
-    if alone or not path.startswith("grouped"):
+    if not (path.startswith("grouped") and cuts_arrays(mesh)):
         return moe.mix(x_ND, routing, experts, path=path, factor=factor, real_N=real_N)
     tokens = partition_spec(("batch", None), x_ND.shape, mesh)
     into = partition_spec((None, None, "ffn"), experts.gate_EDF.shape, mesh)

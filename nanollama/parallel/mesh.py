@@ -146,6 +146,11 @@ def process_block(mesh: Mesh) -> tuple[int, int]:
     return low // count, shards // count
 
 
+def cuts_arrays(mesh: AbstractMesh) -> bool:
+    """Whether XLA cuts arrays over `mesh`: it has several devices, and no `shard_map` around has cut them already."""
+    return not (mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation's layout to RULES on the mesh set by `jax.set_mesh`; without a mesh, x itself."""
     mesh = jax.sharding.get_abstract_mesh()
